@@ -1,0 +1,419 @@
+"""YAML file + dotted overrides -> one frozen, validated run config.
+
+One file describes one whole run: `TokenizerRun`, `PretrainRun`, `SftRun` or `GenerateRun`. Sections are pydantic
+models: unknown keys are refused with a "did you mean", every problem is reported at once with its line, nothing is
+ever mutated. Resolution order: defaults < YAML < `key.sub=value` overrides.
+
+YAML is read by PyYAML's safe loader with three repairs, because a config must mean what it seems to say:
+duplicate keys are an error, only `true`/`false` are booleans (`no`, `on` stay text), and `1e-4` is a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from minimoe.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of all config sections: frozen, strict about keys, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_silent_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read True as 1, and the text "no" as False: both hide a typing mistake.
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and "bool" not in str(annotation):
+            raise ValueError(f"expected {_type_name(annotation)}, not a boolean")
+        if isinstance(value, str) and annotation is bool:
+            raise ValueError("write true or false")
+        return value
+
+
+class SourceConfig(Section):
+    """Where documents come from: a local path or a hub dataset."""
+
+    path: str | None = Field(None, description="file, folder or glob of txt, jsonl, json, parquet or csv")
+    hub: str | None = Field(None, description="Hugging Face hub dataset name, e.g. roneneldan/TinyStories")
+    subset: str | None = Field(None, description="hub dataset configuration name")
+    split: str = Field("train", description="hub dataset split")
+    streaming: bool = Field(False, description="stream the hub dataset instead of downloading it whole")
+    format: str = Field("auto", description="row format, see minimoe/data/formats.py; auto looks at the columns")
+    text_column: str = Field("text", description="column that holds the text, for the text format")
+    weight: float | None = Field(None, gt=0, description="share of the training tokens; relative to other sources")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path or hub")
+        return self
+
+
+class DataConfig(Section):
+    """Documents, how they are split and packed."""
+
+    train: tuple[SourceConfig, ...] = Field(description="training sources: a path, or a list of sources")
+    validation: tuple[SourceConfig, ...] | None = Field(
+        None, description="validation sources; null: a seeded share of the training documents"
+    )
+    validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of documents held out, 0 = none")
+    max_validation_documents: int | None = Field(
+        2000, ge=1, description="held-out documents scored at each validation; the rest stay unused"
+    )
+    sequence_length: int = Field(512, ge=8, description="tokens per training row")
+    max_documents: int | None = Field(None, ge=1, description="read at most this many documents per source")
+    on_bad_rows: Literal["error", "skip"] = Field("error", description="malformed rows: stop, or skip and count")
+    num_processes: int | None = Field(None, ge=1, description="tokenisation processes; null: one per core")
+    cache_dir: str = Field("~/.cache/minimoe", description="folder of tokenised shards")
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _accept_paths(cls, value: Any) -> Any:
+        """A bare path, or a list with bare paths, is short for {path: ...}."""
+        if value is None:
+            return value
+        if isinstance(value, (str, dict)):
+            value = [value]
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError("expected a path, a source or a non-empty list of them")
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+
+    @model_validator(mode="after")
+    def _weights_all_or_none(self) -> DataConfig:
+        given = [source.weight is not None for source in self.train]
+        if any(given) and not all(given):
+            raise ValueError("train: give a weight to every source or to none")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon for the matrices with AdamW for embeddings, norms and routers."""
+
+    name: Literal["muon", "adamw"] = Field("muon", description="optimizer")
+    lr: float = Field(0.02, gt=0, description="peak learning rate (of the matrices, with muon)")
+    adamw_lr: float = Field(0.003, gt=0, description="with muon: peak learning rate of embeddings, norms, routers")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices and embeddings")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta must be in [0, 1)")
+        return value
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a pure function of the step."""
+
+    name: Literal["cosine", "wsd", "constant"] = Field("wsd", description="shape after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    decay_fraction: float = Field(0.4, gt=0, le=1, description="wsd: final share of the steps that decays linearly")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of the peak")
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or max_steps")
+    batch_size: int = Field(32, ge=1, description="rows per optimizer step, over all processes")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="rows per forward pass and process; null: no gradient accumulation"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: the fastest one present")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in backward to save memory")
+    compile: bool = Field(False, description="torch.compile the model")
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    eval_every: int = Field(200, ge=1, description="steps between validations")
+    sample_every: int | None = Field(None, ge=1, description="steps between generated samples; null: never")
+    sample_prompts: tuple[str, ...] = Field((), description="prompts of the samples")
+    sample_tokens: int = Field(64, ge=1, description="new tokens per sample")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of max_steps or epochs")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
+            )
+        return self
+
+
+class LoggingConfig(Section):
+    """Where metrics go beside the console and metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases; offline needs no key")
+    project: str = Field("minimoe", description="wandb project")
+    run_name: str | None = Field(None, description="wandb run name; null: the output folder's name")
+
+
+class TokenizerSection(Section):
+    """Byte-level BPE."""
+
+    vocab_size: int = Field(4096, ge=300, description="tokens, the 256 bytes and the special tokens included")
+    max_training_bytes: int = Field(
+        200_000_000, ge=1, description="bytes of text the merges are learned from, read from the start"
+    )
+
+
+class GenerationSection(Section):
+    """Decoding settings."""
+
+    max_new_tokens: int = Field(256, ge=1, description="tokens generated per prompt at most")
+    temperature: float = Field(0.8, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens, 0 = all")
+    top_p: float = Field(0.95, gt=0, le=1, description="keep the smallest set with this probability mass")
+    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this share of the likeliest one's")
+    repetition_penalty: float = Field(1.0, gt=0, description="divide logits of tokens already seen; 1 = off")
+    stop: tuple[str, ...] = Field((), description="texts that end the generation")
+    seed: int = Field(0, ge=0, description="seed of the sampling")
+    chat: bool = Field(False, description="wrap the prompt in the chat template")
+    batch_size: int = Field(8, ge=1, description="prompts decoded together")
+
+
+class TokenizerRun(Section):
+    """`minimoe tokenizer`: train a tokenizer."""
+
+    output_dir: str = Field(description="folder the tokenizer is written to")
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataConfig
+
+
+class PretrainRun(Section):
+    """`minimoe pretrain`: train a model from scratch."""
+
+    output_dir: str = Field(description="folder of the run")
+    seed: int = Field(0, ge=0, description="seed of weights, data order and split")
+    tokenizer: str = Field(description="tokenizer folder or hub name")
+    model: dict[str, Any] = Field(description="architecture, the keys of MiniMoeConfig")
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainRun:
+        _check_warmup(self.schedule, self.train)
+        return self
+
+
+class SftRun(Section):
+    """`minimoe sft`: fine-tune a model on conversations."""
+
+    output_dir: str = Field(description="folder of the run")
+    seed: int = Field(0, ge=0, description="seed of data order and split")
+    init_from: str = Field(description="model folder to start from; the architecture comes from it")
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SftRun:
+        _check_warmup(self.schedule, self.train)
+        return self
+
+
+class GenerateRun(Section):
+    """`minimoe generate --config`: decoding settings in a file."""
+
+    generation: GenerationSection = GenerationSection()
+
+
+TrainingRun = PretrainRun | SftRun
+Run = TypeVar("Run", TokenizerRun, PretrainRun, SftRun, GenerateRun)
+
+
+def load_config(kind: type[Run], path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
+    """Read a YAML file, apply `key.sub=value` overrides and validate.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, an override has no `=`, or values are wrong; every
+            wrong value is named with its line or override and the rule it breaks.
+    """
+    values, lines = ({}, {}) if path is None else _read_yaml(Path(path))
+    source = str(path) if path is not None else "overrides"
+    for override in overrides:
+        _apply_override(values, lines, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _as_user_error(kind, error, source, lines) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, ready to be run again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def suggestion(key: str, known: Sequence[str]) -> str:
+    """', did you mean …?' when a known name is close to `key`, else the empty string."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _check_warmup(schedule: ScheduleConfig, train: TrainConfig) -> None:
+    if train.max_steps is not None and schedule.warmup_steps > train.max_steps:
+        raise ValueError(
+            f"schedule.warmup_steps {schedule.warmup_steps} is more than train.max_steps {train.max_steps}"
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without PyYAML's surprises: see the module docstring."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's values, and 'file:line' for every dotted key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config file not found: {path}", mend="check the path; recipes are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config file {path}: {error}", mend="give a YAML text file") from None
+    lines: dict[str, str] = {}
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        _record_lines(root, "", str(path), lines)
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+    except RecursionError:
+        raise UserError("not valid YAML: nested too deeply", where=str(path)) from None
+    if not isinstance(values, dict):
+        kind = "empty" if values is None else type(values).__name__
+        raise UserError(f"config file {path} must hold a mapping, it is {kind}", mend="see the recipes in configs/")
+    return values, lines
+
+
+def _record_lines(node: yaml.Node | None, prefix: str, file: str, lines: dict[str, str]) -> None:
+    """Fill `lines`; refuse duplicate and non-text keys."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            where = f"{file}:{key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError("a config key must be plain text", where=where)
+            key = str(key_node.value)
+            if key in seen:
+                raise UserError(
+                    f"duplicate key {prefix}{key}, first on line {seen[key]}", where=where, mend="keep one of the two"
+                )
+            seen[key] = key_node.start_mark.line + 1
+            lines[prefix + key] = where
+            _record_lines(value_node, f"{prefix}{key}.", file, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[f"{prefix}{index}"] = f"{file}:{item.start_mark.line + 1}"
+            _record_lines(item, f"{prefix}{index}.", file, lines)
+
+
+def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str) -> None:
+    """Set one `key.sub=value`; the value is parsed as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not key=value", mend="write it like train.max_steps=100")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError):
+        raise UserError(f"override {override!r}: the value is not valid YAML", mend="quote it") from None
+    *parents, last = key.strip().split(".")
+    target = values
+    for depth, parent in enumerate(parents):
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            dotted = ".".join(parents[: depth + 1])
+            raise UserError(f"override {override!r}: {dotted} is a value, not a section", mend=f"override {dotted} itself")
+        target = child
+    target[last] = value
+    lines[key.strip()] = f"override {override!r}"
+
+
+def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, lines: dict[str, str]) -> UserError:
+    """All problems of a validation in one message, each with its place."""
+    problems = []
+    for item in error.errors(include_url=False):
+        location = tuple(part for part in item["loc"] if isinstance(part, (str, int)))
+        dotted = ".".join(str(part) for part in location)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key{suggestion(str(location[-1]), _known_keys(kind, location[:-1]))}"
+        elif item["type"] == "missing":
+            message = "required, but missing"
+        elif "input" in item and not isinstance(item["input"], dict):
+            message = f"{message[0].lower()}{message[1:]}, got {_shorten(item['input'])}"
+        place = _nearest_line(dotted, lines, source)
+        problems.append(f"{dotted + ': ' if dotted else ''}{message} ({place})")
+    if len(problems) == 1:
+        return UserError(problems[0], mend="correct the value and run the command again")
+    listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+    return UserError(f"{len(problems)} problems in {source}\n{listing}")
+
+
+def _known_keys(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Field names of the section at `location` inside `kind`."""
+    current: type[BaseModel] = kind
+    for part in location:
+        field = current.model_fields.get(str(part))
+        if field is None:
+            continue  # an index into a list of sources
+        sections = [item for item in _flatten(field.annotation) if isinstance(item, type) and issubclass(item, Section)]
+        if not sections:
+            return []
+        current = sections[0]
+    return list(current.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    arguments = getattr(annotation, "__args__", None)
+    return [annotation] if not arguments else [leaf for item in arguments for leaf in _flatten(item)]
+
+
+def _type_name(annotation: Any) -> str:
+    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+
+
+def _nearest_line(dotted: str, lines: dict[str, str], source: str) -> str:
+    while dotted:
+        if dotted in lines:
+            return lines[dotted]
+        dotted = dotted.rpartition(".")[0]
+    return source
+
+
+def _shorten(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,69 @@
+"""Errors a person can act on, and the exit codes of every command.
+
+An error of this module is printed as at most three lines (what is wrong, where, how to mend it) without a
+traceback; anything else that escapes a command is a bug of ours and exits with 1.
+"""
+
+from __future__ import annotations
+
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_NO_CHECKPOINT = 3
+EXIT_NON_FINITE = 4
+EXIT_IO = 74  # EX_IOERR of sysexits.h
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the run is saved, start it again
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+
+class MinimoeError(Exception):
+    """Base of all errors that are reported without a traceback.
+
+    Args:
+        what: what is wrong, naming the field and the value.
+        where: the file, line or key it was found at; may be empty.
+        mend: what to do about it; may be empty.
+    """
+
+    exit_code = EXIT_BUG
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.mend = what, where, mend
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  at: {self.where}")
+        if self.mend:
+            lines.append(f"  mend: {self.mend}")
+        return "\n".join(lines)
+
+
+class UserError(MinimoeError):
+    """The input (config, data, arguments, model folder) is wrong."""
+
+    exit_code = EXIT_USER
+
+
+class CheckpointError(MinimoeError):
+    """No usable checkpoint where one is needed."""
+
+    exit_code = EXIT_NO_CHECKPOINT
+
+
+class NonFiniteError(MinimoeError):
+    """The loss or the gradient is not finite and training cannot go on."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class StorageError(MinimoeError):
+    """Reading or writing failed: disk full, permission lost, a worker that no longer answers."""
+
+    exit_code = EXIT_IO
+
+
+class Preempted(MinimoeError):
+    """The run was asked to stop and has saved its state; start it again with --resume."""
+
+    exit_code = EXIT_PREEMPTED
