@@ -260,6 +260,11 @@ def load_config(kind: type[Run], path: str | Path | None, overrides: Sequence[st
         raise _as_user_error(kind, error, source, lines) from None
 
 
+def config_keys(path: str | Path) -> set[str]:
+    """Top-level keys of a config file: they tell what kind of run it is."""
+    return set(_read_yaml(Path(path))[0])
+
+
 def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML, ready to be run again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

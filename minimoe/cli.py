@@ -1,0 +1,176 @@
+"""The `minimoe` command. Torch is imported only inside a command, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError
+
+app = typer.Typer(
+    name="minimoe",
+    help="Train a small mixture-of-experts language model from scratch, fine-tune it, generate text.",
+    epilog="Start with: bash scripts/quickstart.sh",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the run's config; recipes are in configs/")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="replace values of the config, e.g. train.max_steps=100")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest good checkpoint of output_dir")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that output_dir holds and start again")]
+ModelDir = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="model folder, e.g. runs/quickstart/sft/final")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="decoding settings, e.g. temperature=0")]
+SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a generation: section")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors")] = False,
+) -> None:
+    if debug:
+        os.environ["MINIMOE_DEBUG"] = "1"
+
+
+@app.command(epilog="Example: minimoe tokenizer configs/quickstart/tokenizer.yaml tokenizer.vocab_size=8192")
+def tokenizer(config: Config, overrides: Overrides = None) -> None:
+    """Train a byte-level BPE tokenizer on the documents of a config."""
+    from minimoe.config import TokenizerRun, load_config
+    from minimoe.tokenizer import run
+
+    run(load_config(TokenizerRun, config, overrides or ()))
+
+
+@app.command(epilog="Example: minimoe pretrain configs/quickstart/pretrain.yaml train.max_steps=100 --resume")
+def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+    """Train a model from scratch."""
+    from minimoe.config import PretrainRun, load_config
+
+    loaded = load_config(PretrainRun, config, overrides or ())
+    from minimoe.train.pretrain import run
+
+    run(loaded, resume=resume, overwrite=overwrite)
+
+
+@app.command(epilog="Example: minimoe sft configs/quickstart/sft.yaml init_from=runs/mine/final")
+def sft(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+    """Fine-tune a model on conversations (supervised fine-tuning)."""
+    from minimoe.config import SftRun, load_config
+
+    loaded = load_config(SftRun, config, overrides or ())
+    from minimoe.train.sft import run
+
+    run(loaded, resume=resume, overwrite=overwrite)
+
+
+@app.command(epilog="Example: minimoe preview configs/quickstart/sft.yaml --count 5")
+def preview(
+    config: Config,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(min=1, help="examples to print")] = 3,
+) -> None:
+    """Print the first examples as the trainer sees them: learned tokens coloured, masked ones dim."""
+    from minimoe.config import PretrainRun, SftRun, config_keys, load_config
+    from minimoe.data.preview import run
+
+    kind = SftRun if "init_from" in config_keys(config) else PretrainRun
+    run(load_config(kind, config, overrides or ()), count)
+
+
+@app.command(epilog='Example: minimoe generate runs/quickstart/pretrain/final --prompt "Once upon a time" temperature=0.7')
+def generate(
+    model_dir: ModelDir,
+    settings: Settings = None,
+    prompt: Annotated[str | None, typer.Option(help="the prompt; without it, --file or standard input is read")] = None,
+    file: Annotated[Path | None, typer.Option(help=".txt (a prompt a line) or .jsonl (prompt or messages)")] = None,
+    config: SettingsFile = None,
+    chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the chat template")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
+    device: Device = "auto",
+) -> None:
+    """Generate text; streams to a terminal."""
+    loaded = _generation_settings(config, [*(settings or []), *(["chat=true"] if chat else [])])
+    from minimoe.generation.generate import read_prompts, run
+
+    run(model_dir, read_prompts(prompt, file, sys.stdin), loaded, json_output=json_output, device=device)
+
+
+@app.command(name="chat", epilog='Example: minimoe chat runs/quickstart/sft/final --system "Answer briefly."')
+def chat_command(
+    model_dir: ModelDir,
+    settings: Settings = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    config: SettingsFile = None,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model in the terminal."""
+    loaded = _generation_settings(config, [*(settings or []), "chat=true"])
+    from minimoe.generation.chat import run
+
+    run(model_dir, loaded, device=device, system=system)
+
+
+@app.command(epilog="Example: minimoe evaluate runs/quickstart/pretrain/final --data data/quickstart/valid_stories.jsonl")
+def evaluate(
+    model_dir: ModelDir,
+    data: Annotated[str, typer.Option(help="file, folder or glob: txt, jsonl, json, parquet, csv")],
+    answers_only: Annotated[bool, typer.Option("--answers-only", help="score assistant turns only")] = False,
+    sequence_length: Annotated[int | None, typer.Option(min=8, help="tokens of context")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 16,
+    json_output: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
+    device: Device = "auto",
+) -> None:
+    """Loss, perplexity and bits per byte of a model on any data."""
+    from minimoe.evaluate import run
+
+    run(
+        model_dir,
+        data,
+        answers_only=answers_only,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        json_output=json_output,
+        device=device,
+    )
+
+
+def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
+    from minimoe.config import GenerateRun, load_config
+
+    return load_config(GenerateRun, config, [f"generation.{override}" for override in overrides]).generation
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, turn errors into messages and exit codes."""
+    try:
+        app()
+    except MinimoeError as error:
+        if os.environ.get("MINIMOE_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if not os.environ.get("MINIMOE_DEBUG"):
+            print(f"error: a bug in minimoe ({type(error).__name__}: {error}); run again with --debug", file=sys.stderr)
+            sys.exit(EXIT_BUG)
+        raise
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

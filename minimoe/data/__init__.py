@@ -1,0 +1,1 @@
+"""Documents on disk or on the hub -> fixed-length training rows."""

@@ -1,0 +1,153 @@
+"""Documents -> token ids, by several processes.
+
+Chunks of about a megabyte of text go to a pool, at most two per process in flight, and come back in order:
+memory stays bounded and the result is the same whatever the number of processes. Starting processes costs
+seconds, so little data is encoded right here.
+
+Pretraining: `<|endoftext|>` text `<|endoftext|>`, all of it predicted; a conversation is rendered by the chat
+template first. SFT: rendered conversations, assistant turns predicted, longer ones truncated to
+`sequence_length`; a conversation with an empty answer, or none within `sequence_length`, teaches nothing and
+is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from minimoe import tokenizer as tok
+from minimoe.config import DataConfig
+from minimoe.data.formats import Document
+from minimoe.errors import StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Stage = Literal["pretrain", "sft"]
+Chunk = list[Document]
+
+_CHUNKS_IN_PROCESS = 6  # up to about 6 MB are encoded without starting processes
+
+
+@dataclass
+class Encoded:
+    """A chunk's documents as arrays."""
+
+    tokens: np.ndarray
+    learned: np.ndarray | None
+    lengths: np.ndarray
+    num_bytes: np.ndarray
+    truncated: int
+    dropped: int
+
+
+def encode_all(
+    chunks: Iterator[Chunk], tokenizer: PreTrainedTokenizerBase, stage: Stage, data: DataConfig
+) -> Iterator[Encoded]:
+    """Encoded chunks in order, by several processes where there is enough data for it to pay."""
+    head = list(islice(chunks, _CHUNKS_IN_PROCESS + 1))
+    workers = data.num_processes or _available_cores()
+    if workers == 1 or len(head) <= _CHUNKS_IN_PROCESS:
+        for chunk in chain(head, chunks):
+            yield encode(chunk, tokenizer, stage, data.sequence_length)
+        return
+    settings = (tokenizer, stage, data.sequence_length)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=settings)
+    pending: deque[Future[Encoded]] = deque()
+    try:
+        for chunk in chain(head, chunks):
+            pending.append(pool.submit(_encode_in_worker, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        mend = "it was killed, perhaps for memory: set data.num_processes: 1"
+        raise StorageError("a tokenisation process died", mend=mend) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}  # settings of this process, when it is a worker
+
+
+def _start_worker(tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_length: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker.update(tokenizer=tokenizer, stage=stage, sequence_length=sequence_length)
+
+
+def _encode_in_worker(chunk: Chunk) -> Encoded:
+    return encode(chunk, **_worker)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_length: int) -> Encoded:
+    """Token ids of a chunk's documents."""
+    return (
+        _encode_sft(chunk, tokenizer, sequence_length)
+        if stage == "sft"
+        else _encode_pretrain(chunk, tokenizer)
+    )
+
+
+def _encode_pretrain(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    boundary = tok.boundary_id(tokenizer)
+    # One batch call for all plain texts is several times faster than a call for each.
+    batch = iter(tok.encode_texts(tokenizer, [document for document in chunk if isinstance(document, str)]))
+    ids: list[int] = []
+    lengths, num_bytes = [], []
+    for document in chunk:
+        if isinstance(document, str):
+            body = next(batch)
+            num_bytes.append(len(document.encode()))
+        else:
+            body = tok.encode_conversation(tokenizer, document)
+            num_bytes.append(len(tokenizer.decode(body).encode()))
+        ids += [boundary, *body, boundary]
+        lengths.append(len(body) + 2)
+    return Encoded(
+        np.array(ids, np.uint32), None, np.array(lengths, np.int64), np.array(num_bytes, np.int64), 0, 0
+    )
+
+
+def _encode_sft(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Encoded:
+    ids: list[int] = []
+    learned: list[bool] = []
+    lengths, num_bytes = [], []
+    truncated = dropped = 0
+    for document in chunk:
+        assert not isinstance(document, str)  # shards refuses them
+        turns = [message for message in document if message["role"] == "assistant"]
+        answered = turns and all(turn["content"].strip() or turn.get("tool_calls") for turn in turns)
+        row, mask = tok.encode_chat(tokenizer, document) if answered else ([], [])
+        overlong = len(row) > sequence_length
+        row, mask = row[:sequence_length], mask[:sequence_length]
+        if not any(mask[1:]):  # the first token of a document is never predicted
+            dropped += 1
+            continue
+        truncated += overlong
+        answer = [token for token, flag in zip(row, mask, strict=True) if flag]
+        ids += row
+        learned += mask
+        lengths.append(len(row))
+        num_bytes.append(len(tokenizer.decode(answer, skip_special_tokens=True).encode()))
+    return Encoded(
+        np.array(ids, np.uint32),
+        np.array(learned, bool),
+        np.array(lengths, np.int64),
+        np.array(num_bytes, np.int64),
+        truncated,
+        dropped,
+    )

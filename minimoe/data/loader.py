@@ -1,0 +1,282 @@
+"""Batches as a pure function of (seed, step, rank): resuming a run is one integer.
+
+Row g = step * batch_size + i of a run is row g % rows_per_epoch of epoch g // rows_per_epoch. Rank r of W
+takes the rows i of a batch with i % W == r, so another number of processes sees the same rows in the same
+global order.
+
+Weighted sources are mixed row by row: in each block of 1024 rows every source has its share (largest
+remainder, at least one row) at places permuted by (seed, block), and walks through its own epochs. Example:
+weights 3 and 1 give 768 and 256 rows of every block. An epoch of a mixture is as many rows as all sources
+have together.
+
+Held-out documents are chosen by a hash of (seed, source, document index): appending documents to a source
+moves none that was there between training and validation.
+
+B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from minimoe.config import DataConfig, SourceConfig
+from minimoe.data.encode import Stage
+from minimoe.data.packing import Documents, PackedRow, Packing, SplitPacking, WholePacking
+from minimoe.data.shards import Corpus, prepare
+from minimoe.data.sources import describe
+from minimoe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Four int64 tensors (B, S); labels are unshifted."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    @classmethod
+    def stack(cls, rows: Sequence[PackedRow]) -> Batch:
+        return cls(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in self._tensors()))
+
+    def split(self, rows: int) -> Iterator[Batch]:
+        """Micro-batches of at most `rows` rows."""
+        pieces = zip(*(tensor.split(rows) for tensor in self._tensors()), strict=True)
+        return (Batch(*piece) for piece in pieces)
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the model's forward."""
+        return dict(vars(self))
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.input_ids, self.labels, self.position_ids, self.attention_mask
+
+    def digest(self) -> str:
+        """A hash of the contents, for metrics and resume tests."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in self._tensors():
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TrainLoader:
+    """Endless training batches.
+
+    Args:
+        packings: one pool of rows, or one for each weighted source.
+        weights: their shares; None for a single pool.
+        tokens_per_row: S.
+    """
+
+    def __init__(
+        self, packings: Sequence[Packing], weights: Sequence[float] | None, seed: int, tokens_per_row: int
+    ) -> None:
+        self.packings, self.seed, self.tokens_per_row = packings, seed, tokens_per_row
+        self.rows_per_epoch = sum(packing.num_rows for packing in packings)
+        self._quotas = None if weights is None or len(packings) == 1 else apportion(weights, BLOCK_ROWS)
+        self._cached_block = -1
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The rank's part of batch `step`: ceil((batch_size - rank) / world_size) rows."""
+        first = step * batch_size
+        return Batch.stack([self.row(first + i) for i in range(rank, batch_size, world_size)])
+
+    def row(self, number: int) -> PackedRow:
+        """Row `number` of the endless global order."""
+        source = 0
+        if self._quotas is not None:
+            source, number = self._mix(number)
+        epoch, index = divmod(number, self.packings[source].num_rows)
+        return self.packings[source].row(epoch, index)
+
+    def _mix(self, number: int) -> tuple[int, int]:
+        """The source of a global row, and its row number within that source's endless order."""
+        assert self._quotas is not None
+        block, place = divmod(number, BLOCK_ROWS)
+        if block != self._cached_block:
+            owners = np.repeat(np.arange(len(self._quotas)), self._quotas)
+            self._owners = np.random.default_rng([self.seed, block]).permutation(owners)
+            # ranks[p]: how many earlier places of the block have the same owner
+            ones = self._owners[:, None] == np.arange(len(self._quotas))
+            self._ranks = np.cumsum(ones, axis=0)[np.arange(BLOCK_ROWS), self._owners] - 1
+            self._cached_block = block
+        source = int(self._owners[place])
+        return source, block * int(self._quotas[source]) + int(self._ranks[place])
+
+
+class Validation:
+    """Held-out documents, each scored exactly once, in a fixed order."""
+
+    def __init__(self, documents: Documents, packing: Packing) -> None:
+        self.packing, self.num_rows = packing, packing.num_rows
+        self.num_documents = len(documents)
+        self.num_bytes = int(documents.num_bytes.sum())  # denominator of bits per byte
+
+    def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The rank's rows, every world_size-th; the last batch may be smaller."""
+        mine = range(rank, self.num_rows, world_size)
+        for start in range(0, len(mine), batch_size):
+            yield Batch.stack([self.packing.row(0, index) for index in mine[start : start + batch_size]])
+
+
+@dataclass(frozen=True)
+class Data:
+    train: TrainLoader
+    validation: Validation | None
+    counts: dict[str, int]  # of the training sources, see shards.Corpus, and train_ and validation_documents
+    fingerprint: str  # of everything that decides the batches, but the seed
+
+
+def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage, seed: int) -> Data:
+    """Tokenise what is not cached, split and pack.
+
+    Raises:
+        UserError: unusable data, or no row to train on.
+    """
+    corpora = [prepare(source, data, tokenizer, stage) for source in data.train]
+    chosen = [np.arange(corpus.num_documents) for corpus in corpora]
+    validation: Validation | None = None
+    validation_fingerprints: list[str] = []
+    if data.validation is not None:
+        validation, validation_fingerprints = _open_validation(data.validation, data, tokenizer, stage)
+    elif data.validation_fraction > 0:
+        chosen, held_out = split_documents([len(ids) for ids in chosen], data, seed)
+        if sum(map(len, held_out)):
+            documents = Documents.select(corpora, held_out)
+            validation = Validation(documents, _pack(documents, data, tokenizer, stage, 0, shuffle=False))
+
+    weights = [source.weight for source in data.train if source.weight is not None]
+    pools = [Documents.select([corpus], [ids]) for corpus, ids in zip(corpora, chosen, strict=True)]
+    if not weights:
+        pools = [Documents.select(corpora, chosen)]
+    packings = [_pack(pool, data, tokenizer, stage, seed) for pool in pools]
+    if not all(packing.num_rows for packing in packings):
+        sources = ", ".join(describe(source) for source in data.train)
+        tokens = sum(int(pool.lengths.sum()) for pool in pools)
+        raise UserError(
+            f"0 rows to train on: {sum(map(len, pools))} documents, {tokens} tokens",
+            where=sources,
+            mend="give every source a document of at least 2 tokens, or lower data.validation_fraction",
+        )
+    counts = {key: sum(corpus.counts[key] for corpus in corpora) for key in corpora[0].counts}
+    counts["train_documents"] = sum(map(len, pools))
+    counts["validation_documents"] = validation.num_documents if validation else 0
+    return Data(
+        train=TrainLoader(packings, weights or None, seed, data.sequence_length),
+        validation=validation,
+        counts=counts,
+        fingerprint=_fingerprint(corpora, validation_fingerprints, data, stage),
+    )
+
+
+def open_validation(
+    sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+) -> Validation:
+    """Every document of the sources, for `minimoe evaluate`; `data` gives sequence length and cache."""
+    return _open_validation(
+        sources, data.model_copy(update={"max_validation_documents": None}), tokenizer, stage
+    )[0]
+
+
+def _open_validation(
+    sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+) -> tuple[Validation, list[str]]:
+    corpora = [prepare(source, data, tokenizer, stage) for source in sources]
+    chosen = [np.arange(corpus.num_documents) for corpus in corpora]
+    hashes = [document_hashes(len(ids), 0, number) for number, ids in enumerate(chosen)]
+    documents = Documents.select(corpora, _cap(chosen, hashes, data.max_validation_documents))
+    packing = _pack(documents, data, tokenizer, stage, 0, shuffle=False)
+    return Validation(documents, packing), [corpus.fingerprint for corpus in corpora]
+
+
+def split_documents(
+    num_documents: Sequence[int], data: DataConfig, seed: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Indices of each source's training documents, and of the held-out ones that are scored.
+
+    At least one document is held out if there are two or more, and every source keeps at least one for
+    training.
+    """
+    hashes = [document_hashes(count, seed, number) for number, count in enumerate(num_documents)]
+    held = [values < data.validation_fraction for values in hashes]
+    for values, mask in zip(hashes, held, strict=True):
+        if mask.all():
+            mask[np.argmax(values)] = False
+    largest = int(np.argmax(num_documents))
+    if not any(mask.any() for mask in held) and num_documents[largest] >= 2:
+        held[largest][np.argmin(hashes[largest])] = True
+    train = [np.flatnonzero(~mask) for mask in held]
+    return train, _cap([np.flatnonzero(mask) for mask in held], hashes, data.max_validation_documents)
+
+
+def document_hashes(count: int, seed: int, source: int) -> np.ndarray:
+    """A number in [0, 1) for each document index, (count,) float64: splitmix64, which mixes bits."""
+    start = np.random.default_rng([seed, source]).integers(1 << 63, dtype=np.uint64)
+    x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)) / float(1 << 53)
+
+
+def apportion(weights: Sequence[float], total: int) -> np.ndarray:
+    """`total` split in proportion to the weights by largest remainder, each at least 1; (N,) int64."""
+    exact = np.asarray(weights, np.float64) / sum(weights) * total
+    quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
+    by_remainder = np.argsort(-(exact - np.floor(exact)), kind="stable")
+    missing = total - int(quotas.sum())
+    quotas[by_remainder[: max(missing, 0)]] += 1
+    while quotas.sum() > total:  # the minimum of 1 gave too many: the largest pay
+        quotas[np.argmax(quotas)] -= 1
+    return quotas
+
+
+def _cap(chosen: list[np.ndarray], hashes: list[np.ndarray], limit: int | None) -> list[np.ndarray]:
+    """The `limit` chosen documents with the smallest hashes over all sources."""
+    values = np.concatenate([hashes[number][indices] for number, indices in enumerate(chosen)])
+    if limit is None or len(values) <= limit:
+        return chosen
+    threshold = np.sort(values)[limit - 1]
+    return [indices[hashes[number][indices] <= threshold] for number, indices in enumerate(chosen)]
+
+
+def _pack(
+    documents: Documents,
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Stage,
+    seed: int,
+    shuffle: bool = True,
+) -> Packing:
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    strategy = WholePacking if stage == "sft" else SplitPacking
+    return strategy(documents, data.sequence_length, seed, pad_id, shuffle)
+
+
+def _fingerprint(corpora: Sequence[Corpus], validation: Sequence[str], data: DataConfig, stage: Stage) -> str:
+    parts = [
+        [corpus.fingerprint for corpus in corpora],
+        [source.weight for source in data.train],
+        list(validation),
+        None if validation else data.validation_fraction,
+        data.sequence_length,
+        stage,
+    ]
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,68 @@
+"""`minimoe preview`: the first rows exactly as the trainer sees them.
+
+Learned tokens are coloured (two shades in turn, so that token borders show), masked ones dim. A token is
+learned if the loss predicts it, that is if its label is not IGNORE_INDEX.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from minimoe.config import PretrainRun, SftRun
+from minimoe.data.loader import open_data
+from minimoe.model.losses import IGNORE_INDEX
+from minimoe.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEARNED_STYLES = ("green", "cyan")
+MASKED_STYLE = "dim"
+
+
+def run(config: PretrainRun | SftRun, count: int = 3, console: Console | None = None) -> None:
+    """Print the first `count` training rows of a run and their share of learned tokens."""
+    console = console or Console()
+    sft = isinstance(config, SftRun)
+    tokenizer = load_tokenizer(config.init_from if isinstance(config, SftRun) else config.tokenizer)
+    loader = open_data(config.data, tokenizer, "sft" if sft else "pretrain", config.seed).train
+    batch = loader.batch(step=0, batch_size=count)
+
+    for number in range(count):
+        real = batch.attention_mask[number].bool()
+        ids = batch.input_ids[number][real].tolist()
+        labels = batch.labels[number][real].tolist()
+        positions = batch.position_ids[number][real].tolist()
+        learned = [label != IGNORE_INDEX for label in labels]
+        console.print(Rule(f"row {number}"))
+        console.print(_colour(ids, learned, tokenizer))
+        console.print(
+            f"{len(ids)} tokens, {positions.count(0)} documents or parts, {len(real) - len(ids)} padding, "
+            f"{sum(learned) / len(ids):.0%} learned",
+            highlight=False,
+        )
+    total, share = int(batch.attention_mask.sum()), int((batch.labels != IGNORE_INDEX).sum())
+    console.print(Rule())
+    console.print(
+        f"{loader.rows_per_epoch:,} rows of {loader.tokens_per_row} tokens per epoch; "
+        f"learned in these {count} rows: {share / total:.0%}",
+        highlight=False,
+    )
+
+
+def _colour(ids: list[int], learned: list[bool], tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The row as text. A character whose bytes are several tokens is shown with the last of them."""
+    text = Text()
+    pending: list[int] = []
+    for number, (token, flag) in enumerate(zip(ids, learned, strict=True)):
+        pending.append(token)
+        shown = tokenizer.decode(pending)
+        incomplete = shown.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4
+        if not incomplete or number + 1 == len(ids):
+            text.append(shown, style=LEARNED_STYLES[number % 2] if flag else MASKED_STYLE)
+            pending = []
+    return text

@@ -1,0 +1,207 @@
+"""Sources -> memory-mapped token shards, cached by a fingerprint of everything that decides their contents.
+
+A shard is a folder `cache_dir/<fingerprint>/` with
+    tokens.bin     token ids of all documents end to end; uint16, or uint32 for a vocabulary of 65,536 or more
+    learned.bin    SFT only: bool per token, True where it is predicted
+    offsets.bin    int64, N + 1: document i is tokens[offsets[i] : offsets[i + 1]]
+    num_bytes.bin  int64, N: UTF-8 bytes of the text that is predicted, the denominator of bits per byte
+    meta.json      counts, dtype and file sizes
+It is built in a temporary folder and renamed, under a lock, so a killed run leaves nothing that looks
+finished and the processes of one run tokenise once. Memory stays bounded: documents are read, encoded and
+written in chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from minimoe.config import DataConfig, SourceConfig
+from minimoe.data import sources
+from minimoe.data.encode import Chunk, Stage, encode_all
+from minimoe.data.formats import Counts, read_documents
+from minimoe.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_VERSION = 1  # raise it when the same input gives other shards
+_CHUNK_CHARACTERS = 1 << 20
+_CHECK_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One tokenised source; N documents."""
+
+    tokens: np.ndarray  # (total,) memory map
+    learned: np.ndarray | None  # (total,) bool memory map; None: every token is predicted
+    offsets: np.ndarray  # (N + 1,) int64
+    num_bytes: np.ndarray  # (N,) int64
+    fingerprint: str
+    counts: dict[str, int]  # documents, tokens, bytes, truncated, dropped, bad_rows, empty_rows
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.num_bytes)
+
+
+def prepare(
+    source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+) -> Corpus:
+    """Open the source's shard, building it first if it is not in the cache.
+
+    Raises:
+        UserError: bad rows, no usable row, a format the stage cannot take, token ids outside the vocabulary.
+    """
+    from filelock import FileLock
+
+    fingerprint = _fingerprint(source, data, tokenizer, stage)
+    cache = Path(data.cache_dir).expanduser()
+    folder = cache / fingerprint
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{fingerprint}.lock"):
+            if not _complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint}.building-", dir=cache))
+                try:
+                    _build(temporary, source, data, tokenizer, stage)
+                    temporary.rename(folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        mend = "free disk space, or set data.cache_dir to a folder that can be written"
+        raise StorageError(f"cannot write tokenised data: {error}", where=str(cache), mend=mend) from None
+    return _open(folder, fingerprint, len(tokenizer))
+
+
+def _fingerprint(
+    source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+) -> str:
+    """Hash of contents, tokenizer and every setting that decides the shard."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = (
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    parts = {
+        "version": _VERSION,
+        "source": sources.fingerprint(source),
+        "format": [source.format, source.text_column],
+        "tokenizer": hashlib.blake2b(vocabulary.encode()).hexdigest(),
+        "template": str(tokenizer.chat_template),
+        "special": tokenizer.special_tokens_map,
+        "stage": stage,
+        "sequence_length": data.sequence_length if stage == "sft" else None,  # pretraining cuts rows later
+        "max_documents": data.max_documents,
+        "on_bad_rows": data.on_bad_rows,
+    }
+    return hashlib.blake2b(
+        json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16
+    ).hexdigest()
+
+
+def _open(folder: Path, fingerprint: str, vocab_size: int) -> Corpus:
+    meta = json.loads((folder / "meta.json").read_text())
+    corpus = Corpus(
+        tokens=np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
+        learned=np.memmap(folder / "learned.bin", dtype=bool, mode="r") if meta["learned"] else None,
+        offsets=np.fromfile(folder / "offsets.bin", dtype=np.int64),
+        num_bytes=np.fromfile(folder / "num_bytes.bin", dtype=np.int64),
+        fingerprint=fingerprint,
+        counts=meta["counts"],
+    )
+    for start in range(0, len(corpus.tokens), _CHECK_TOKENS):
+        block = corpus.tokens[start : start + _CHECK_TOKENS]
+        if block.max() >= vocab_size:
+            position = start + int(np.argmax(block >= vocab_size))
+            document = int(np.searchsorted(corpus.offsets, position, side="right")) - 1
+            raise UserError(
+                f"document {document} has token id {corpus.tokens[position]}; ids must be below {vocab_size}",
+                where=str(folder),
+                mend="delete this folder of the cache and start again",
+            )
+    return corpus
+
+
+def _complete(folder: Path) -> bool:
+    """Whether the folder holds a shard whose files have the sizes they were written with."""
+    try:
+        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build(
+    folder: Path, source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+) -> None:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
+    skipped = Counts()
+    counts = dict.fromkeys(("documents", "tokens", "bytes", "truncated", "dropped"), 0)
+    names = ["tokens.bin", "offsets.bin", "num_bytes.bin"] + (["learned.bin"] if stage == "sft" else [])
+    files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in names}
+    try:
+        np.zeros(1, np.int64).tofile(files["offsets.bin"])
+        chunks = _chunks(source, data, stage, skipped)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, transient=True) as progress:
+            bar = progress.add_task(f"tokenising {sources.describe(source)}", total=None)
+            for encoded in encode_all(chunks, tokenizer, stage, data):
+                encoded.tokens.astype(dtype).tofile(files["tokens.bin"])
+                (counts["tokens"] + np.cumsum(encoded.lengths)).astype(np.int64).tofile(files["offsets.bin"])
+                encoded.num_bytes.astype(np.int64).tofile(files["num_bytes.bin"])
+                if encoded.learned is not None:
+                    encoded.learned.tofile(files["learned.bin"])
+                counts["documents"] += len(encoded.lengths)
+                counts["tokens"] += len(encoded.tokens)
+                counts["bytes"] += int(encoded.num_bytes.sum())
+                counts["truncated"] += encoded.truncated
+                counts["dropped"] += encoded.dropped
+                shown = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
+                progress.update(bar, description=f"tokenising {sources.describe(source)}: {shown}")
+    finally:
+        for file in files.values():
+            file.close()
+    if not counts["documents"]:
+        raise UserError(
+            f"nothing to learn: no answer within {data.sequence_length} tokens in {counts['dropped']} rows",
+            where=sources.describe(source),
+            mend="give conversations with non-empty assistant messages, or raise data.sequence_length",
+        )
+    meta = {
+        "dtype": np.dtype(dtype).name,
+        "learned": stage == "sft",
+        "counts": counts | asdict(skipped),
+        "sizes": {name: (folder / name).stat().st_size for name in names},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _chunks(source: SourceConfig, data: DataConfig, stage: Stage, skipped: Counts) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    size = 0
+    for document, place in read_documents(source, data, skipped):
+        if stage == "sft" and isinstance(document, str):
+            raise UserError(
+                "SFT learns from conversations, and this is plain text",
+                where=place,
+                mend="give rows of format messages, conversations, alpaca or prompt_completion",
+            )
+        chunk.append(document)
+        size += len(document) if isinstance(document, str) else sum(len(m["content"]) + 64 for m in document)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

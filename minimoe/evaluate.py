@@ -1,0 +1,107 @@
+"""Loss, perplexity and bits per byte of a model on held-out documents.
+
+Bits per byte = total negative log-likelihood in bits / UTF-8 bytes of the text: unlike the loss per token it does
+not depend on the tokenizer, and it can be held beside a compressor. Every token of every document counts once,
+the token that ends the document included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minimoe.model.losses import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from minimoe.data.loader import Validation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result over all held-out documents."""
+
+    loss: float  # nats per token
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinity where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Total bits over total bytes."""
+        return self.loss * self.num_tokens / math.log(2) / max(self.num_bytes, 1)
+
+
+@torch.no_grad()
+def evaluate_model(model: Any, validation: Validation, batch_size: int, accelerator: Any = None) -> Evaluation:
+    """Score a model; with an accelerator the batches are shared out among its processes."""
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+    for index, batch in enumerate(validation.batches(batch_size)):
+        if index % world == rank:
+            batch = batch.to(device)
+            outputs = model(**batch.model_inputs(), skip_logits=True, use_cache=False)
+            num_tokens = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
+            totals += torch.stack((outputs.lm_loss.double() * num_tokens, num_tokens.double()))
+    if world > 1:
+        totals = accelerator.reduce(totals)
+    model.train(was_training)
+    nats, tokens = totals.tolist()
+    return Evaluation(nats / max(tokens, 1), int(tokens), validation.num_bytes)
+
+
+def evaluate_source(
+    model_dir: str,
+    path: str,
+    *,
+    answers_only: bool = False,
+    sequence_length: int | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> Evaluation:
+    """Score a model folder on every document of a file, folder or glob.
+
+    Args:
+        answers_only: conversations count their assistant turns only, as in SFT, instead of the whole text.
+        sequence_length: tokens of context; None is the model's, 1024 at most.
+    """
+    from minimoe.config import DataConfig, SourceConfig
+    from minimoe.data.loader import open_validation
+    from minimoe.loading import load_model
+
+    model, tokenizer = load_model(model_dir, device=device, dtype=torch.float32)
+    length = sequence_length or min(model.config.max_position_embeddings, 1024)
+    source = SourceConfig(path=path)  # type: ignore[call-arg]
+    data = DataConfig(train=(source,), sequence_length=length)  # type: ignore[call-arg]
+    validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
+    return evaluate_model(model, validation, batch_size)
+
+
+def run(model_dir: str, path: str, *, json_output: bool = False, **options: Any) -> None:
+    """`minimoe evaluate`: score and print."""
+    evaluation = evaluate_source(model_dir, path, **options)
+    if json_output:
+        fields = ("loss", "perplexity", "bits_per_byte", "num_tokens", "num_bytes")
+        print(json.dumps({name: getattr(evaluation, name) for name in fields}))
+        return
+    table = Table("loss (nats/token)", "perplexity", "bits per byte", "tokens", "bytes", title=f"{model_dir} on {path}")
+    table.add_row(
+        f"{evaluation.loss:.4f}",
+        f"{evaluation.perplexity:.2f}",
+        f"{evaluation.bits_per_byte:.4f}",
+        f"{evaluation.num_tokens:,}",
+        f"{evaluation.num_bytes:,}",
+    )
+    Console().print(table)

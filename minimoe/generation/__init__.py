@@ -1,0 +1,1 @@
+"""Text generation: sampling, a decoding engine with a preallocated cache, one-shot and chat commands."""

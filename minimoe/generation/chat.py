@@ -1,0 +1,108 @@
+"""`minimoe chat`: a conversation in the terminal.
+
+The cache lives from turn to turn, so an answer waits only for the newest message. Works with piped input too,
+one message a line.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from minimoe.config import GenerationSection
+from minimoe.errors import UserError
+from minimoe.generation.engine import Engine, Message
+from minimoe.generation.generate import dim, speed
+
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def run(
+    model_dir: str | Path, settings: GenerationSection, *, device: str = "auto", system: str | None = None
+) -> None:
+    """Open the model and chat until `/exit` or the end of input."""
+    Chat(Engine.from_pretrained(model_dir, device), settings, system).loop()
+
+
+class Chat:
+    """The messages so far and the session that answers them."""
+
+    def __init__(self, engine: Engine, settings: GenerationSection, system: str | None = None) -> None:
+        self._engine, self._settings = engine, settings
+        self._session = engine.session()
+        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self._opening)
+        # A model without a chat template is refused here, not after the first message.
+        engine.encode([*self._opening, {"role": "user", "content": "?"}])
+
+    def loop(self) -> None:
+        """Read and answer until the end."""
+        terminal = sys.stdin.isatty()
+        if terminal:
+            import readline  # noqa: F401  (line editing and history for input())
+
+            dim(HELP)
+        while True:
+            try:
+                line = input("> " if terminal else "").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                dim(f"\n{HELP}")
+                continue
+            if line == "/exit":
+                return
+            if line == "/reset":
+                self.reset()
+                dim("conversation forgotten")
+            elif line.startswith("/"):
+                dim(HELP if line == "/help" else f"unknown command {line}; {HELP}")
+            elif line:
+                try:
+                    self.answer(line)
+                except UserError as error:  # one message too many or too long ends no conversation
+                    dim(str(error))
+
+    def reset(self) -> None:
+        """Start over."""
+        self.messages = list(self._opening)
+        self._session.reset()
+
+    def answer(self, text: str) -> None:
+        """Stream the answer to one message; the turn is kept, also where Ctrl-C cut it short."""
+        conversation = self._fit([*self.messages, {"role": "user", "content": text}])
+        interrupted = ""
+        pieces = self._session.stream(conversation, self._settings)
+        try:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            interrupted = ", stopped"
+        finally:
+            pieces.close()
+        print(flush=True)
+        completion = self._session.completion
+        if completion is None:  # stopped before anything was generated
+            return
+        dim(speed(completion) + interrupted)
+        self.messages = [*conversation, {"role": "assistant", "content": completion.text}]
+
+    def _fit(self, conversation: list[Message]) -> list[Message]:
+        """Drop the oldest turns until the prompt leaves room for an answer."""
+        context = self._engine.context_length
+        room = min(self._settings.max_new_tokens, context // 4)
+        start = len(self._opening)
+        dropped = 0
+        while len(conversation) - start > 1:
+            try:
+                if len(self._engine.encode(conversation)) + room <= context:
+                    break
+            except UserError:  # longer than the whole context
+                pass
+            del conversation[start : start + 2]  # a message and its answer
+            dropped += 1
+        if dropped:
+            turns = "turn" if dropped == 1 else f"{dropped} turns"
+            dim(f"the context of {context} tokens is full: the oldest {turns} dropped")
+        return conversation

@@ -1,0 +1,258 @@
+"""Prompts -> completions: one decode loop behind batches, streams and conversations.
+
+Works with any causal language model of `transformers`. Greedy completions equal
+`model.generate(do_sample=False)`, and a completion does not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimoe.config import GenerationSection
+from minimoe.errors import UserError
+from minimoe.generation.cache import PreallocatedCache
+from minimoe.generation.decode import DecodeBatch
+from minimoe.generation.sampling import row_generator
+from minimoe.generation.text import Detokenizer, StopFilter
+from minimoe.loading import check_vocabulary, load_model
+from minimoe.tokenizer import boundary_id, encode_prompt, encode_text
+
+Message = dict[str, Any]
+Prompt = str | Sequence[Message]
+
+DEFAULT_CONTEXT = 32_768  # tokens, for the few models whose config names no limit
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt.
+
+    `text` ends before a stop string and has no special tokens; `token_ids` are all generated ids, the ending
+    one included. `finish_reason` is "stop" (an end token or a stop string) or "length". `seconds` is the time
+    from the prompt's prefill to its last token.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    seconds: float
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens per second; neighbours in a batch share the time."""
+        return self.new_tokens / max(self.seconds, 1e-9)
+
+
+class Engine:
+    """A model with its tokenizer, ready to generate."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        check_vocabulary(model, tokenizer)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.context_length: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        try:
+            self._boundary: int | None = boundary_id(tokenizer)
+        except UserError:  # neither bos nor eos: fine until somebody asks for text out of nothing
+            self._boundary = None
+        self.end_ids = _end_ids(model, tokenizer, self._boundary)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None
+    ) -> Engine:
+        """Open a model folder; see `load_model`."""
+        return cls(*load_model(path, device, dtype))
+
+    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        A text is a document's beginning, behind the document-start token, or with `chat` the user's first
+        message; a list of messages goes through the chat template.
+
+        Raises:
+            UserError: nothing to start from, or no room in the context for a new token.
+        """
+        if not isinstance(prompt, str):
+            ids = encode_prompt(self.tokenizer, prompt)
+        elif chat:
+            if not prompt.strip():
+                raise UserError("the prompt is empty", mend="say something, or generate without chat")
+            ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompt}])
+        else:
+            ids = [] if self._boundary is None else [self._boundary]
+            ids += encode_text(self.tokenizer, prompt)
+        if not ids:
+            raise UserError(
+                "the prompt is empty, and this tokenizer has no document-start token", mend="give a prompt"
+            )
+        if len(ids) >= self.context_length:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the model's context is {self.context_length} tokens",
+                mend=f"shorten the prompt to at most {self.context_length - 1} tokens",
+            )
+        return ids
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSection) -> list[Completion]:
+        """Complete all prompts, `settings.batch_size` at a time; results are in the order of the prompts."""
+        seen: Counter[tuple[int, ...]] = Counter()
+        rows = []
+        for prompt in prompts:
+            ids = self.encode(prompt, settings.chat)
+            rows.append(self._row(ids, settings, occurrence=seen[tuple(ids)]))
+            seen[tuple(ids)] += 1
+        # Neighbours of similar length need little padding.
+        by_length = sorted(rows, key=lambda row: len(row.prompt))
+        for start in range(0, len(rows), settings.batch_size):
+            for _ in self._decode(by_length[start : start + settings.batch_size], settings):
+                pass
+        return [row.completion() for row in rows]
+
+    def stream(self, prompt: Prompt, settings: GenerationSection) -> Generator[str, None, None]:
+        """Yield the completion's text piece by piece, as soon as it is certain."""
+        return self.session().stream(prompt, settings)
+
+    def session(self) -> Session:
+        """A conversation that keeps its cache between turns."""
+        return Session(self)
+
+    def _row(self, ids: list[int], settings: GenerationSection, occurrence: int = 0) -> _Row:
+        limit = min(settings.max_new_tokens, self.context_length - len(ids))
+        generator = row_generator(settings.seed, ids, occurrence)
+        # A control token given as a stop string never shows up in the text: it ends the row by its id.
+        control = self.tokenizer.get_added_vocab()
+        end_ids = self.end_ids | {control[stop] for stop in settings.stop if stop in control}
+        return _Row(ids, limit, generator, end_ids, Detokenizer(self.tokenizer), StopFilter(settings.stop))
+
+    def _decode(
+        self, rows: Sequence[_Row], settings: GenerationSection, cache: PreallocatedCache | None = None
+    ) -> Generator[str, None, None]:
+        """Run rows to their ends and yield their pieces of text, of use where there is one row."""
+        started = time.perf_counter()
+        live = list(rows)  # live[i] is row i of the batch
+        batch = DecodeBatch(
+            self.model,
+            [row.prompt for row in rows],
+            max(row.limit for row in rows),
+            settings,
+            [row.generator for row in rows],
+            cache,
+        )
+        while True:
+            for row, token_id in zip(live, batch.step(), strict=True):
+                if row.finish_reason is None:
+                    piece = row.push(token_id)
+                    row.seconds = time.perf_counter() - started
+                    if piece:
+                        yield piece
+            unfinished = [index for index, row in enumerate(live) if row.finish_reason is None]
+            if not unfinished:
+                return
+            if len(unfinished) <= len(live) // 2:  # copying the cache pays off when half of it goes
+                batch.keep(unfinished)
+                live = [live[index] for index in unfinished]
+
+
+class Session:
+    """One conversation with its cache: a turn computes only what the cache does not hold yet."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._cache: PreallocatedCache | None = None
+        self._row: _Row | None = None
+        self.reused_tokens = 0  # tokens of the last prompt that were in the cache already
+
+    @property
+    def completion(self) -> Completion | None:
+        """The last turn so far, also after it was interrupted."""
+        return None if self._row is None else self._row.completion()
+
+    def stream(self, prompt: Prompt, settings: GenerationSection) -> Generator[str, None, None]:
+        """Answer a conversation, or complete a text; yields text piece by piece.
+
+        The conversation is rendered anew each turn. Where that differs from what the cache holds (the
+        template rewrote the past, turns were dropped, the last answer was interrupted), the cache is cut back
+        to the common beginning.
+        """
+        engine = self._engine
+        ids = engine.encode(prompt, settings.chat)
+        if self._cache is None:
+            self._cache = PreallocatedCache(
+                engine.model.config, min(2 * len(ids) + 256, engine.context_length)
+            )
+        cached = [] if self._row is None else [*self._row.prompt, *self._row.new_ids]
+        common = next(
+            (i for i, pair in enumerate(zip(ids, cached, strict=False)) if pair[0] != pair[1]), len(cached)
+        )
+        # The last token is always fed again: its logits are what the answer starts from.
+        self.reused_tokens = self._cache.truncate(min(common, len(ids) - 1))
+        self._row = engine._row(ids, settings)
+        return engine._decode([self._row], settings, self._cache)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._cache = self._row = None
+
+
+@dataclass
+class _Row:
+    """One prompt on its way to a completion."""
+
+    prompt: list[int]
+    limit: int  # new tokens at most
+    generator: torch.Generator
+    end_ids: frozenset[int]
+    detokenizer: Detokenizer
+    stops: StopFilter
+
+    def __post_init__(self) -> None:
+        self.new_ids: list[int] = []
+        self.pieces: list[str] = []
+        self.finish_reason: str | None = None
+        self.seconds = 0.0
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; returns the text that is now certain and sets `finish_reason` at the end."""
+        self.new_ids.append(token_id)
+        piece = self.stops.push(self.detokenizer.push(token_id))
+        if self.stops.stopped or token_id in self.end_ids:
+            self.finish_reason = "stop"
+        elif len(self.new_ids) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            # The rest of an unfinished character may still complete a stop string, hence through the filter.
+            piece += self.stops.push(self.detokenizer.flush()) + self.stops.flush()
+            self.finish_reason = "stop" if self.stops.stopped else self.finish_reason
+        self.pieces.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        return Completion(
+            "".join(self.pieces),
+            tuple(self.new_ids),
+            self.finish_reason or "stop",
+            len(self.prompt),
+            self.seconds,
+        )
+
+
+def _end_ids(model: Any, tokenizer: Any, boundary: int | None) -> frozenset[int]:
+    """Ids that end a completion: those of generation_config and tokenizer, and the document boundary."""
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    ids = listed if isinstance(listed, (list, tuple)) else [listed]
+    return frozenset(
+        int(token_id) for token_id in (*ids, tokenizer.eos_token_id, boundary) if token_id is not None
+    )

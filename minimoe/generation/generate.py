@@ -1,0 +1,163 @@
+"""`minimoe generate`: complete prompts from the command line, a file or standard input.
+
+Completions go to standard output, statistics to standard error, so that pipes see text alone. One prompt
+streams; several are decoded in batches; `--json` prints one object a prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from minimoe.config import GenerationSection
+from minimoe.errors import UserError
+from minimoe.generation.engine import Completion, Engine, Prompt
+
+
+def run(
+    model_dir: str | Path,
+    prompts: Sequence[Prompt],
+    settings: GenerationSection,
+    *,
+    json_output: bool = False,
+    device: str = "auto",
+) -> None:
+    """Open the model and print a completion of every prompt."""
+    engine = Engine.from_pretrained(model_dir, device)
+    if json_output:
+        _print_json(engine, prompts, settings)
+    elif len(prompts) == 1:
+        _print_stream(engine, prompts[0], settings)
+    else:
+        _print_all(engine, prompts, settings)
+
+
+def read_prompts(prompt: str | None, file: str | Path | None, stdin: TextIO | None) -> list[Prompt]:
+    """Prompts of exactly one origin.
+
+    Args:
+        prompt: the text itself; it may be empty, the engine knows whether the model can start from nothing.
+        file: .txt holds one prompt a line, .jsonl rows with "prompt" or "messages".
+        stdin: read whole as one prompt, where neither of the others is given and it is no terminal.
+
+    Raises:
+        UserError: no origin or two, or an origin that is missing, unreadable or empty.
+    """
+    if prompt is not None and file is not None:
+        raise UserError("both --prompt and --file are given", mend="give one of them")
+    if prompt is not None:
+        return [prompt]
+    if file is not None:
+        return _read_file(Path(file).expanduser())
+    if stdin is None or stdin.isatty():
+        raise UserError("no prompt", mend="give --prompt TEXT or --file FILE, or pipe text in")
+    text = _decode_text(stdin.buffer.read(), "standard input") if hasattr(stdin, "buffer") else stdin.read()
+    text = text.removesuffix("\n").removesuffix("\r")  # the one newline that `echo` adds
+    if not text.strip():
+        raise UserError("standard input is empty", mend="pipe a prompt in, or give --prompt TEXT")
+    return [text]
+
+
+def dim(text: str) -> None:
+    """Print a remark to standard error, dim on a terminal."""
+    Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
+
+
+def speed(completion: Completion) -> str:
+    """'57 tokens, 123.4 tokens/s', and why it ended where that is not an end token."""
+    cut = ", length limit" if completion.finish_reason == "length" else ""
+    return f"{completion.new_tokens} tokens, {completion.tokens_per_second:.1f} tokens/s{cut}"
+
+
+def _print_json(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection) -> None:
+    for prompt, completion in zip(prompts, engine.generate(prompts, settings), strict=True):
+        row = {
+            "prompt": prompt,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": completion.prompt_tokens,
+            "new_tokens": completion.new_tokens,
+            "tokens_per_second": round(completion.tokens_per_second, 1),
+        }
+        print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _print_stream(engine: Engine, prompt: Prompt, settings: GenerationSection) -> None:
+    session = engine.session()
+    pieces = session.stream(prompt, settings)
+    if isinstance(prompt, str) and not settings.chat:
+        sys.stdout.write(prompt)  # a completion reads on from its prompt
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print(flush=True)
+    if session.completion is not None:
+        dim(speed(session.completion))
+
+
+def _print_all(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection) -> None:
+    completions = engine.generate(prompts, settings)
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+        print(f"--- {number}/{len(prompts)} ---")
+        question = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
+        print(
+            f"{question}{completion.text}"
+            if _reads_on(prompt, settings)
+            else f"> {question}\n{completion.text}"
+        )
+    total = sum(completion.new_tokens for completion in completions)
+    dim(f"{len(completions)} completions, {total} tokens")
+
+
+def _reads_on(prompt: Prompt, settings: GenerationSection) -> bool:
+    return isinstance(prompt, str) and not settings.chat
+
+
+def _read_file(path: Path) -> list[Prompt]:
+    try:
+        text = _decode_text(path.read_bytes(), str(path))
+    except OSError as error:
+        reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
+        raise UserError(f"prompt file {reason}: {path}", mend="give a .txt or .jsonl file") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"prompt file is empty: {path}", mend="write one prompt a line")
+    if path.suffix == ".jsonl":
+        return [_jsonl_prompt(line, f"{path}:{number}") for number, line in lines]
+    return [line.removesuffix("\r") for _, line in lines]
+
+
+def _jsonl_prompt(line: str, where: str) -> Prompt:
+    """A row's "prompt" (text) or "messages" (role and content each)."""
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError("not a JSON object", where=where, mend='write {"prompt": "…"}') from None
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
+        return messages
+    raise UserError(
+        'the row has neither a text "prompt" nor "messages" with "role" and "content"',
+        where=where,
+        mend='write {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _decode_text(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"not UTF-8 text: byte {error.start}", where=where, mend="convert it to UTF-8"
+        ) from None

@@ -1,0 +1,127 @@
+"""A model folder -> model and tokenizer, or an error that says what is wrong with the folder.
+
+`transformers` only warns about missing weights and fills them with random numbers; here that is an error. Weights
+are read from safetensors alone and no code from the folder is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+
+import minimoe.model.decoder  # noqa: F401  (registers our architecture with AutoModelForCausalLM)
+from minimoe.errors import UserError
+from minimoe.tokenizer import load_tokenizer
+
+MEND = "give a folder with config.json and model.safetensors, such as RUN/final or RUN/checkpoints/step-…"
+
+
+def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> tuple[Any, Any]:
+    """Open a model folder, or a run folder that has `final/`.
+
+    Args:
+        path: a local folder.
+        device: `auto` is CUDA where there is one, then Apple's GPU, then the CPU.
+        dtype: of the weights; None keeps the one they are saved in.
+
+    Returns:
+        The model in eval mode and its tokenizer.
+
+    Raises:
+        UserError: no model folder, unreadable or incomplete weights, or a tokenizer that does not fit them.
+    """
+    folder = model_folder(path)
+    target = pick_device(device)
+    with _quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, with the other defects
+                output_loading_info=True,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # transformers, safetensors and json raise a dozen kinds for a broken folder
+            if isinstance(error, UserError):
+                raise
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"cannot open the model: {first_line}", where=str(folder), mend=MEND) from error
+    _check_loaded(info, folder)
+    tokenizer = load_tokenizer(str(folder))
+    check_vocabulary(model, tokenizer, str(folder))
+    return model.to(target).eval(), tokenizer
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that holds `config.json`: the given one, or its `final/`."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        kind = "is a file, not a folder" if folder.exists() else "not found"
+        raise UserError(f"model folder {kind}: {folder}", mend=MEND)
+    for candidate in (folder, folder / "final"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(f"no model in {folder}: neither config.json nor final/config.json", mend=MEND)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, where: str = "") -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows",
+            where=where,
+            mend="use the tokenizer the model was trained with",
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, or a device by name that this machine must have."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {name!r} is not available here", mend="use auto or cpu") from None
+    return device
+
+
+def _check_loaded(info: dict[str, Any], folder: Path) -> None:
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(kind) or ())
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{kind.removesuffix('_keys')}: {', '.join(keys[:3])}{more}")
+    if problems:
+        raise UserError(
+            f"the weights do not fit config.json ({'; '.join(problems)})",
+            where=str(folder),
+            mend="the folder is damaged or mixed from two models, copy it again",
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no load report on the terminal: defects are raised instead."""
+    verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bar:
+            hf_logging.enable_progress_bar()

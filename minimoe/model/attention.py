@@ -1,0 +1,201 @@
+"""Causal self-attention: rotary positions, per-head QK-norm, grouped queries, and packed documents.
+
+B batch, S sequence, H query heads, K key/value heads, d head_dim, D hidden.
+
+Packed documents: several documents share a row and must not see each other. A block-diagonal mask is exact but
+slow on a CPU, where every document getting a scaled-dot-product call of its own is 3 to 4 times as fast; so the
+batch is laid out as one stream of B*S tokens and cut at the document starts (`DocumentLengths`).
+
+Sources: RoPE arXiv 2104.09864, GQA arXiv 2305.13245, QK-norm arXiv 2302.05442.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from minimoe.model.config import MiniMoeConfig
+
+DocumentLengths = list[int]  # lengths of consecutive documents of a stream of B*S tokens; they sum to B*S
+
+
+class MiniMoeRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class MiniMoeRotaryEmbedding(nn.Module):
+    """cos and sin tables of the rotary positions; scaling types come from transformers.
+
+    The class name and `original_inv_freq` make `transformers` recompute the buffers after a load, which would
+    otherwise come back uninitialised since they are not saved.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, config: MiniMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        scaled = self.rope_type != "default"
+        init = ROPE_INIT_FUNCTIONS[self.rope_type] if scaled else self.compute_default_rope_parameters
+        inv_freq, self.attention_scaling = init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MiniMoeConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
+        """(inverse frequencies (d/2,), scaling 1)."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """position_ids (B, S) -> cos, sin (B, S, d) in the dtype of x."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()  # (B, S, d/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+d/2}) of x (B, S, heads, d) by its position's angle; cos, sin (B, S, d)."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos[:, :, None] + turned * sin[:, :, None]
+
+
+class MiniMoeAttention(nn.Module):
+    """Grouped-query attention with QK-norm."""
+
+    is_causal = True  # read by transformers' attention functions
+
+    def __init__(self, config: MiniMoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_norm = MiniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = MiniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        documents: DocumentLengths | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, S, D) -> output (B, S, D) and, with eager attention, the probabilities (B, H, S, S).
+
+        Args:
+            position_embeddings: cos and sin, (B, S, d) each.
+            attention_mask: 4-D mask of transformers, or None for plain causal.
+            documents: lengths of packed documents; replaces the mask and needs an empty cache.
+            past_key_values: keys and values of earlier positions; updated in place.
+        """
+        batch, sequence, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(batch, sequence, -1, self.head_dim)), *position_embeddings)
+        k = rotate(self.k_norm(self.k_proj(x).view(batch, sequence, -1, self.head_dim)), *position_embeddings)
+        v = self.v_proj(x).view(batch, sequence, -1, self.head_dim)  # (B, S, K, d)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, d)
+        keys, values = (k, v) if past_key_values is None else past_key_values.update(k, v, self.layer_idx)
+        dropout = self.attention_dropout if self.training else 0.0
+        if documents is not None:
+            out, probabilities = self._attend_within_documents(q, k, v, documents, dropout), None
+        else:
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            out, probabilities = attend(
+                self, q, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )  # (B, S, H, d)
+        return self.o_proj(out.reshape(batch, sequence, -1)), probabilities
+
+    def _attend_within_documents(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: DocumentLengths, dropout: float
+    ) -> Tensor:
+        """(B, heads, S, d) each -> (B, S, H, d): one causal attention call per document of the stream."""
+        batch, heads, sequence, head_dim = q.shape
+        # `split`, because its backward is one concatenation; slices would each allocate a full gradient.
+        streams = [x.transpose(1, 2).reshape(1, batch * sequence, -1, head_dim).split(documents, dim=1) for x in (q, k, v)]
+        outputs = [
+            F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in document),  # (1, heads, n, d)
+                is_causal=True,
+                dropout_p=dropout,
+                scale=self.scaling,
+                enable_gqa=self.num_key_value_groups > 1,
+            ).transpose(1, 2)  # (1, n, H, d)
+            for document in zip(*streams, strict=True)
+        ]
+        return torch.cat(outputs, dim=1).view(batch, sequence, heads, head_dim)
+
+
+def eager_attention(
+    module: MiniMoeAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain matrix products; returns the output (B, S, H, d) and the probabilities (B, H, S, S)."""
+    k = k.repeat_interleave(module.num_key_value_groups, dim=1)
+    v = v.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = q @ k.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), dropout, module.training)
+    return (probabilities @ v).transpose(1, 2), probabilities
+
+
+def document_lengths(position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]) -> DocumentLengths | None:
+    """Where packed documents and padding begin, from positions that restart and a padding mask.
+
+    A document starts at column 0, wherever a position is not its left neighbour's plus one, and wherever padding
+    begins or ends. So padding is a document of its own, and nothing real attends to it.
+
+    Args:
+        position_ids: (B or 1, S) or None.
+        attention_mask: (B, S), nonzero for real tokens, or None.
+        shape: (B, S).
+
+    Returns:
+        Lengths in the order of the flattened (B, S) stream; None when every row is one document.
+    """
+    starts = torch.zeros(shape, dtype=torch.bool)
+    starts[:, 0] = True
+    if position_ids is not None:
+        starts[:, 1:] |= (position_ids.diff(dim=1) != 1).cpu()
+    if attention_mask is not None:
+        starts[:, 1:] |= (attention_mask.bool()[:, 1:] != attention_mask.bool()[:, :-1]).cpu()
+    if int(starts.sum()) == shape[0]:
+        return None
+    bounds = torch.cat((starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])))
+    return bounds.diff().tolist()

@@ -1,0 +1,187 @@
+"""Architecture of a minimoe decoder: everything that decides the shapes and the function, nothing about training.
+
+Field names follow `transformers` (Qwen3-MoE, GLM4-MoE, DeepSeek-V3), so that exporting a checkpoint is a config
+rewrite. `PreTrainedConfig` accepts any keyword in silence; here unknown and contradictory keys are refused.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# Written into config.json by transformers or accepted by every config, beside the declared fields.
+_FOREIGN_KEYS = frozenset(
+    "model_type auto_map architectures transformers_version torch_dtype _name_or_path name_or_path _commit_hash num_labels "
+    "attn_implementation _attn_implementation _attn_implementation_internal experts_implementation "
+    "_experts_implementation_internal output_attentions rope_theta rope_scaling partial_rotary_factor".split()
+)
+
+
+class MiniMoeConfig(PreTrainedConfig):
+    """Shapes and switches of `MiniMoeForCausalLM`.
+
+    Layers below `first_k_dense_replace` have a dense SwiGLU of width `intermediate_size`; all others have
+    `num_experts` SwiGLU experts of width `moe_intermediate_size` of which each token uses `num_experts_per_tok`,
+    and `n_shared_experts` more that every token uses. `first_k_dense_replace = num_hidden_layers` is a dense model.
+
+    Raises:
+        ValueError: an unknown key or a contradiction; all of them are listed.
+    """
+
+    model_type = "minimoe"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
+    auto_map: ClassVar[dict[str, str]] = {}
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    head_dim: int | None = None  # null: hidden_size / num_attention_heads
+    intermediate_size: int = 1408  # of dense layers
+    hidden_act: Literal["silu"] = "silu"
+    max_position_embeddings: int = 2048
+    rope_parameters: dict | None = None  # transformers' rope_parameters; null: default RoPE with theta 10000
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 1408
+    n_shared_experts: int = 0
+    first_k_dense_replace: int = 0
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    train_dispatch: str = "replicated"
+    eval_dispatch: str = "grouped"
+
+    router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss, 0 = off
+    router_aux_loss_type: Literal["batch", "sequence"] = "batch"
+    router_z_loss_coef: float = 0.0  # weight of the router z-loss, 0 = off
+    router_bias_update_rate: float = 0.0  # sigmoid only: step of the selection bias per optimizer step, 0 = off
+    output_router_logits: bool = False
+
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        problems = architecture_problems({**values, **kwargs})
+        if problems:
+            raise ValueError("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with a router."""
+        return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+
+
+def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with these config values: {key: rule that is broken}, empty when nothing is.
+
+    Defaults stand in for keys that are not given, so a partial mapping (a YAML section) can be checked too.
+    """
+    fields = {field.name: field for field in dataclasses.fields(MiniMoeConfig)}
+    hints = {name: hint for name, hint in MiniMoeConfig.__annotations__.items() if name in fields}
+    known = set(fields) | _FOREIGN_KEYS | set(MiniMoeConfig.attribute_map)
+    known |= set(GenerationConfig._get_default_generation_params())
+    problems: dict[str, str] = {}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, sorted(fields), n=1)
+            problems[key] = "unknown key" + (f", did you mean {close[0]!r}?" if close else "")
+        elif key in hints and not _has_type(value, hints[key]):
+            problems[key] = f"expected {_spell(hints[key])}, got {value!r}"
+    if problems:
+        return problems
+
+    get = {name: field.default for name, field in fields.items()} | dict(values)
+    for key in (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+        "max_position_embeddings num_experts num_experts_per_tok moe_intermediate_size"
+    ).split():
+        if get[key] < 1:
+            problems[key] = f"must be at least 1, got {get[key]}"
+    for key in (
+        "n_shared_experts first_k_dense_replace attention_dropout router_aux_loss_coef router_z_loss_coef "
+        "router_bias_update_rate"
+    ).split():
+        if get[key] < 0:
+            problems[key] = f"must not be negative, got {get[key]}"
+    for key in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+        if not 0 < get[key] < float("inf"):
+            problems[key] = f"must be a positive number, got {get[key]}"
+    if problems:
+        return problems
+
+    if get["head_dim"] is None and get["hidden_size"] % get["num_attention_heads"]:
+        problems["num_attention_heads"] = (
+            f"{get['num_attention_heads']} heads do not divide hidden_size {get['hidden_size']}; set head_dim or change one"
+        )
+    elif (get["head_dim"] or get["hidden_size"] // get["num_attention_heads"]) % 2:
+        problems["head_dim"] = "must be even, rotary embeddings turn pairs"
+    if get["num_attention_heads"] % get["num_key_value_heads"]:
+        problems["num_key_value_heads"] = (
+            f"{get['num_key_value_heads']} does not divide num_attention_heads {get['num_attention_heads']}"
+        )
+    if get["num_experts_per_tok"] > get["num_experts"]:
+        problems["num_experts_per_tok"] = (
+            f"{get['num_experts_per_tok']} experts per token, but there are only num_experts = {get['num_experts']}"
+        )
+    if get["first_k_dense_replace"] > get["num_hidden_layers"]:
+        problems["first_k_dense_replace"] = f"more than num_hidden_layers = {get['num_hidden_layers']}"
+    if get["router_bias_update_rate"] and get["scoring_func"] != "sigmoid":
+        problems["router_bias_update_rate"] = "a selection bias exists only with scoring_func: sigmoid"
+    if get["attention_dropout"] >= 1:
+        problems["attention_dropout"] = f"must be below 1, got {get['attention_dropout']}"
+    rope_type = (get["rope_parameters"] or {}).get("rope_type", "default")
+    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+        problems["rope_parameters"] = f"unknown rope_type {rope_type!r}, known: default, {', '.join(ROPE_INIT_FUNCTIONS)}"
+    problems.update(_dispatch_problems(get))
+    return problems
+
+
+def _dispatch_problems(get: Mapping[str, Any]) -> dict[str, str]:
+    # Imported here because the dispatches work on experts, whose shapes come from this module.
+    from minimoe.model.dispatch import DISPATCHES
+
+    return {
+        key: f"unknown dispatch {get[key]!r}, known: {', '.join(DISPATCHES)}"
+        for key in ("train_dispatch", "eval_dispatch")
+        if get[key] not in DISPATCHES
+    }
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether `value` fits a hint made of int, float, bool, str, dict, list, Literal and unions of them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if arguments and origin is not list:
+        return any(_has_type(value, argument) for argument in arguments)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _spell(hint: Any) -> str:
+    """A hint in words: int | None -> 'int or None', Literal -> the choices."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in arguments)
+    if arguments and typing.get_origin(hint) is not list:
+        return " or ".join(_spell(argument) for argument in arguments)
+    return str(hint) if arguments else "None" if hint is type(None) else hint.__name__

@@ -1,0 +1,87 @@
+"""Training losses as pure functions. Padding never counts: every function takes the mask of real tokens.
+
+B batch, S sequence, T tokens = B*S, E experts, k experts per token, V vocabulary.
+
+Sources: Switch Transformer (arXiv 2101.03961) for the balance loss, DeepSeek-V2 (arXiv 2405.04434) for its
+sequence-wise form, ST-MoE (arXiv 2202.08906) for the z-loss.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100  # label of positions that are not learned; torch's and transformers' convention
+
+
+def next_token_loss(logits: Tensor, targets: Tensor, num_targets: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy in nats, summed over targets and divided by `num_targets`.
+
+    Args:
+        logits: (N, V), of any float type; computed in float32.
+        targets: (N,) token ids, already shifted; IGNORE_INDEX is skipped.
+        num_targets: divisor; None means the targets of this call. Under gradient accumulation pass the count of
+            the whole step, and the sum of the micro-batches' losses is exactly the loss of the joined batch.
+
+    Returns:
+        A scalar; 0 (with gradient 0) when there is nothing to predict, where a mean would be NaN.
+    """
+    if num_targets is None:
+        num_targets = (targets != IGNORE_INDEX).sum()
+    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1)
+
+
+def expert_counts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """How many real tokens chose each expert.
+
+    Args:
+        expert_ids: (T, k).
+        mask: (T,) bool, True for real tokens; None means all.
+
+    Returns:
+        (E,) int64.
+    """
+    chosen = expert_ids.flatten()  # (T*k,)
+    ones = torch.ones_like(chosen) if mask is None else mask.repeat_interleave(expert_ids.shape[1]).to(chosen.dtype)
+    # scatter_add_ rather than bincount: a masked slot adds 0 without a data-dependent shape.
+    return torch.zeros(num_experts, dtype=chosen.dtype, device=chosen.device).scatter_add_(0, chosen, ones)
+
+
+def load_balancing_loss(
+    probabilities: Tensor, expert_ids: Tensor, mask: Tensor | None = None, batch_size: int | None = None
+) -> Tensor:
+    """E * sum_e f_e * P_e for one layer: f_e the tokens' assignments to expert e per token, P_e its mean probability.
+
+    f carries no gradient; P does. A perfectly balanced router gives k, as in `transformers`.
+
+    Args:
+        probabilities: (T, E) router probabilities, each row summing to 1.
+        expert_ids: (T, k).
+        mask: (T,) bool, True for real tokens; None means all.
+        batch_size: None balances over all T tokens; B balances within each of B sequences and averages them,
+            weighted by their real tokens.
+
+    Returns:
+        A scalar.
+    """
+    num_experts = probabilities.shape[1]
+    rows = 1 if batch_size is None else batch_size
+    weight = torch.ones_like(probabilities[:, 0]) if mask is None else mask.to(probabilities.dtype)  # (T,)
+    assigned = torch.zeros_like(probabilities).scatter_(1, expert_ids, 1.0) * weight[:, None]  # (T, E)
+    tokens = weight.view(rows, -1).sum(1)  # (rows,)
+    per_token = tokens.clamp(min=1)[:, None]
+    f = assigned.view(rows, -1, num_experts).sum(1) / per_token  # (rows, E), sums to k
+    p = (probabilities * weight[:, None]).view(rows, -1, num_experts).sum(1) / per_token
+    loss = num_experts * (f * p).sum(1)  # (rows,)
+    return (loss * tokens).sum() / tokens.sum().clamp(min=1)
+
+
+def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the router logits (T, E): keeps them small. Returns a scalar."""
+    squared = logits.float().logsumexp(dim=-1).square()  # (T,)
+    if mask is None:
+        return squared.mean()
+    weight = mask.to(squared.dtype)
+    return (squared * weight).sum() / weight.sum().clamp(min=1)

@@ -1,0 +1,353 @@
+"""Byte-level BPE: training, loading, and the only places where text becomes token ids.
+
+Training learns merges with `tokenizers`: NFC, exactly Qwen2's split regex (llama.cpp knows a pre-tokenizer by
+its hash) and all 256 bytes in the alphabet, so any UTF-8 text round-trips up to NFC.
+
+Three rules hold everywhere:
+- Text that somebody typed is never a control token: `<|im_end|>` in a document or message is encoded as text.
+- `<|endoftext|>` begins and ends every pretraining document, so every byte of text is predicted from
+  something and a model can generate from nothing. It is not the padding token: nobody masks it by accident.
+- A conversation is encoded by one function for training and for prompting, so the ids of a prompt are a
+  prefix of the ids of the conversation it was cut from.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minimoe.config import TokenizerRun
+from minimoe.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]  # role, content; an assistant's may add reasoning_content and tool_calls
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, IM_START, IM_END, *TAGS)
+
+# Qwen2's split regex, to the letter.
+SPLIT_REGEX = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+# ChatML. The generation marks tell which characters an assistant produces: they are what SFT learns.
+CHAT_TEMPLATE = r"""
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {{- "<|im_start|>assistant\n" }}
+        {%- generation %}
+        {%- if message.reasoning_content %}
+            {{- "<think>\n" + message.reasoning_content + "\n</think>\n\n" }}
+        {%- endif %}
+        {{- message.content or "" }}
+        {%- for call in message.tool_calls or [] %}
+            {{- "<tool_call>\n" + (call.function | tojson) + "\n</tool_call>" }}
+        {%- endfor %}
+        {{- "<|im_end|>" }}
+        {%- endgeneration %}
+        {{- "\n" }}
+    {%- elif message.role == "tool" %}
+        {{- "<|im_start|>tool\n<tool_response>\n" + message.content + "\n</tool_response><|im_end|>\n" }}
+    {%- else %}
+        {{- "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\n" }}
+{%- endif %}
+""".strip()
+
+_SAMPLE_BYTES = 1_000_000  # text on which bytes per token is measured
+
+
+def run(config: TokenizerRun) -> Path:
+    """Train a tokenizer on `config.data.train`, save it in `config.output_dir` and return that folder."""
+    from rich.console import Console
+
+    started = time.monotonic()
+    sample: list[str] = []
+    tokenizer = train_bpe(_training_texts(config, sample), config.tokenizer.vocab_size)
+    folder = Path(config.output_dir).expanduser()
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the tokenizer: {error}", where=str(folder), mend="change output_dir"
+        ) from None
+
+    num_tokens = sum(len(ids) for ids in encode_texts(tokenizer, sample))
+    num_bytes = sum(len(text.encode()) for text in sample)
+    Console().print(
+        f"tokenizer: {len(tokenizer):,} tokens, {num_bytes / max(num_tokens, 1):.2f} bytes per token, "
+        f"{time.monotonic() - started:.1f} s, saved in {folder}",
+        highlight=False,
+    )
+    return folder
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Learn merges from texts; `vocab_size` counts the bytes and the special tokens too."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    backend: Tokenizer = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=IM_END,
+        pad_token=PAD,
+        extra_special_tokens=[IM_START, *TAGS],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _training_texts(config: TokenizerRun, sample: list[str]) -> Iterator[str]:
+    """Texts of the training sources up to `max_training_bytes`, under a progress bar; fills `sample`."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from minimoe.data.formats import Counts, document_texts, read_documents
+
+    limit, used, sampled = config.tokenizer.max_training_bytes, 0, 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("reading text", total=limit)
+        for source in config.data.train:
+            for document, _ in read_documents(source, config.data, Counts()):
+                for text in document_texts(document):
+                    data = text.encode()[: limit - used]
+                    used += len(data)
+                    text = data.decode(errors="ignore")  # the last text may be cut inside a character
+                    if sampled < _SAMPLE_BYTES:
+                        sample.append(text)
+                        sampled += len(data)
+                    yield text
+                    progress.update(bar, completed=used)
+                if used >= limit:
+                    break
+        progress.update(bar, description="learning merges", total=used)
+        yield ""  # keeps the bar on screen until the trainer asks for more, that is until it starts merging
+
+
+def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
+    """Open a tokenizer folder, or download one by its hub name.
+
+    Raises:
+        UserError: neither exists, or the folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path_or_name).expanduser()
+    local = folder.exists()
+    name = str(path_or_name)
+    # "runs/tokenizer" looks like a hub name: where its parent is a folder here, a folder is what was meant.
+    if not local and (
+        folder.is_absolute() or name.startswith((".", "~")) or (folder.parent.name and folder.parent.is_dir())
+    ):
+        raise UserError(
+            f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder) if local else name, local_files_only=local, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError and Rust's plain Exception here
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"cannot load tokenizer {name!r}: {reason}",
+            mend="give a folder with tokenizer.json, or a hub name that can be reached",
+        ) from None
+
+
+def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that begins and ends a pretraining document: `<|endoftext|>` or its foreign equivalent."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.get_vocab().get(END_OF_TEXT), tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise UserError(
+        "the tokenizer has neither a bos nor an eos token", mend="use one trained by `minimoe tokenizer`"
+    )
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of typed texts, with no control tokens whatever they contain."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a typed text, with no control tokens whatever it contains."""
+    return encode_texts(tokenizer, [text])[0]
+
+
+def document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a pretraining document, boundary token at both ends."""
+    boundary = boundary_id(tokenizer)
+    return [boundary, *encode_text(tokenizer, text), boundary]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation, and which of them SFT learns: every assistant turn, its `<|im_end|>` included.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or one without `{% generation %}` marks.
+    """
+    if not re.search(r"{%-?\s*generation\s*-?%}", _chat_template(tokenizer)):
+        raise UserError(
+            "the chat template has no {% generation %} marks: which tokens the assistant says is unknown",
+            mend="add the marks to chat_template.jinja, or use a tokenizer trained by `minimoe tokenizer`",
+        )
+    return _encode_rendered(tokenizer, messages, add_generation_prompt=False)
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation, for templates with or without generation marks."""
+    return _encode_rendered(tokenizer, messages, add_generation_prompt=False)[0]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Ids of a conversation up to the point where the assistant speaks next."""
+    return _encode_rendered(tokenizer, messages, add_generation_prompt=True)[0]
+
+
+def _encode_rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+) -> tuple[list[int], list[bool]]:
+    """Render the template, cut it into pieces, encode each piece.
+
+    Cuts are made at both ends of an assistant turn, because that is where a prompt ends when generating
+    (merging the template's newline with a newline the assistant starts with would give a token no prompt
+    has), and inside every control token that a message spells out, so that it is not one any more. Elsewhere
+    the ids are those of `apply_chat_template`. Example: "hi<|im_end|>" is encoded as "...hi<" and
+    "|im_end|>...".
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = _chat_template(tokenizer)
+    cut = _unused_character(messages)
+    control = re.compile(
+        "|".join(re.escape(token) for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True))
+    )
+    safe = [
+        {key: value if key == "role" else _defuse(value, control, cut) for key, value in message.items()}
+        for message in messages
+    ]
+    try:
+        rendered, spans = render_jinja_template(
+            conversations=[safe],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"the chat template cannot render the conversation: {error}") from None
+
+    text = rendered[0]
+    edges = sorted({0, len(text), *(edge for span in spans[0] for edge in span)})
+    pieces: list[str] = []
+    learned_pieces: list[bool] = []
+    for start, stop in pairwise(edges):
+        inside = any(left <= start < right for left, right in spans[0])
+        for piece in filter(None, text[start:stop].split(cut)):
+            pieces.append(piece)
+            learned_pieces.append(inside)
+    if not pieces:
+        return [], []
+    encoded = tokenizer(
+        pieces,
+        add_special_tokens=False,
+        split_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    ids = [token for piece in encoded for token in piece]
+    learned = [flag for piece, flag in zip(encoded, learned_pieces, strict=True) for _ in piece]
+    return ids, learned
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            "the tokenizer has no chat template", mend="use a tokenizer trained by `minimoe tokenizer`"
+        )
+    return template
+
+
+def _unused_character(messages: Sequence[Message]) -> str:
+    """A private-use character that occurs nowhere in the messages."""
+    text = repr(messages)  # repr escapes private-use characters, so look for the escape as well
+    return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text and repr(c)[1:-1] not in text)
+
+
+def _defuse(value: Any, control: re.Pattern[str], cut: str) -> Any:
+    """`value` with `cut` put after the first character of every control token spelled out in it."""
+    if isinstance(value, str):
+        return (
+            control.sub(lambda match: match[0][0] + cut + match[0][1:], value) if control.pattern else value
+        )
+    if isinstance(value, list):
+        return [_defuse(item, control, cut) for item in value]
+    if isinstance(value, dict):
+        return {_defuse(key, control, cut): _defuse(item, control, cut) for key, item in value.items()}
+    return value

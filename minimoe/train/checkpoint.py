@@ -1,0 +1,245 @@
+"""Checkpoints that are either complete or not there: save, verify, find the latest, prune.
+
+A checkpoint is a Hugging Face model folder (`config.json`, `model.safetensors`, tokenizer, generation config) plus
+`optimizer.safetensors` and `trainer.json`; nothing in it is a pickle. It is written to a temporary folder beside
+its place, every file and folder is synced, `manifest.json` gets each file's SHA-256, and one rename publishes it.
+A reader trusts only what the manifest confirms, so a torn write or a flipped bit is found, not trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minimoe.errors import CheckpointError, StorageError
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer.json"
+OPTIMIZER_STATE = "optimizer.safetensors"
+_TEMPORARY = ".writing-"
+
+
+@dataclass
+class TrainerState:
+    """Everything besides tensors that a resumed run needs to continue exactly.
+
+    The position in the data is `step` alone: the loader is a pure function of it.
+    """
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # tokens seen
+    best_val_loss: float | None = None
+    best_step: int | None = None
+    wandb_run_id: str | None = None
+    data_fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the state of one step, on the CPU: safe to write while training goes on."""
+
+    state: TrainerState
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: list[dict[str, Tensor]]  # of every process
+
+
+def take_snapshot(
+    model: nn.Module, optimizers: list[Optimizer], state: TrainerState, rng: list[dict[str, Tensor]]
+) -> Snapshot:
+    """Copy what has to be saved."""
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    return Snapshot(TrainerState(**asdict(state)), weights, _optimizer_tensors(optimizers), rng)
+
+
+def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
+    """Write `root/step-XXXXXXXX` so that it exists completely or not at all.
+
+    Args:
+        model, tokenizer: give the config and the file formats; the weights are the snapshot's.
+
+    Raises:
+        StorageError: disk full, permission denied; what was there before is untouched.
+    """
+    target = root / f"step-{snapshot.state.step:08d}"
+    temporary = root / f"{_TEMPORARY}{target.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, state_dict=dict(snapshot.weights))
+        tokenizer.save_pretrained(temporary)
+        tensors = dict(snapshot.optimizer)
+        for rank, states in enumerate(snapshot.rng):
+            tensors |= {f"rng.{rank}.{name}": tensor for name, tensor in states.items()}
+        save_file(tensors, temporary / OPTIMIZER_STATE)
+        (temporary / TRAINER_STATE).write_text(json.dumps(asdict(snapshot.state), indent=1))
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        publish(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(
+            f"cannot write checkpoint: {error.strerror or error}", where=str(target), mend="free space or permission, then --resume"
+        ) from error
+    return target
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Sync a written folder to the disk and rename it to its place; an older `target` is replaced."""
+    for file in _files(temporary):
+        _sync(file)
+    _sync(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _sync(target.parent)
+
+
+def verify(folder: Path) -> str | None:
+    """Why this checkpoint cannot be trusted, or None when every file is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    if not {TRAINER_STATE, OPTIMIZER_STATE, "config.json"} <= set(entries):
+        return f"{MANIFEST} lists too few files"
+    for name, (size, digest) in entries.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file() or file.is_symlink():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def latest(root: Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest verified checkpoint under `root`, and why each newer one was refused."""
+    refused: dict[str, str] = {}
+    for folder in _newest_first(root):
+        reason = verify(folder)
+        if reason is None:
+            return folder, refused
+        refused[folder.name] = reason
+    return None, refused
+
+
+def latest_or_fail(root: Path) -> tuple[Path | None, dict[str, str]]:
+    """`latest`, but having only damaged checkpoints is an error: starting over in silence would lose the run.
+
+    Raises:
+        CheckpointError: checkpoints exist and none can be trusted.
+    """
+    found, refused = latest(root)
+    if found is None and refused:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise CheckpointError(
+            f"no usable checkpoint ({reasons})", where=str(root), mend="restore one from a copy, or start again with --overwrite"
+        )
+    return found, refused
+
+
+def prune(root: Path, keep_last: int, best_step: int | None) -> None:
+    """Delete all but the newest `keep_last` verified checkpoints and the best one; damaged ones stay for a look."""
+    verified = [folder for folder in _newest_first(root) if verify(folder) is None]
+    for folder in verified[keep_last:]:
+        if best_step is None or folder.name != f"step-{best_step:08d}":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    for folder in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_state(folder: Path) -> TrainerState:
+    """The trainer's state of a verified checkpoint."""
+    return TrainerState(**json.loads((folder / TRAINER_STATE).read_text()))
+
+
+def restore(folder: Path, model: Any, optimizers: list[Optimizer], rank: int) -> TrainerState:
+    """Put weights, optimizer moments and random generators back as they were."""
+    loaded = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    model.load_state_dict(loaded.state_dict())
+    tensors = load_file(folder / OPTIMIZER_STATE)
+    for index, optimizer in enumerate(optimizers):
+        _load_optimizer(optimizer, f"optimizer.{index}.", tensors)
+    rng = {name.removeprefix(f"rng.{rank}."): t for name, t in tensors.items() if name.startswith(f"rng.{rank}.")}
+    if rng:  # a larger number of processes than before: the new ones keep their seed
+        set_rng(rng)
+    return load_state(folder)
+
+
+def get_rng() -> dict[str, Tensor]:
+    """States of this process's random generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng(states: dict[str, Tensor]) -> None:
+    """The reverse of `get_rng`."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
+    """Moments as flat names: optimizer.<which>.<parameter index>.<moment>."""
+    return {
+        f"optimizer.{which}.{index}.{name}": tensor.detach().to("cpu", copy=True)
+        for which, optimizer in enumerate(optimizers)
+        for index, moments in optimizer.state_dict()["state"].items()
+        for name, tensor in moments.items()
+    }
+
+
+def _load_optimizer(optimizer: Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, _, moment = name.removeprefix(prefix).partition(".")
+            state.setdefault(int(index), {})[moment] = tensor
+    # The groups (rates, decay) are today's config's, not the checkpoint's: a resumed run may change them.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _newest_first(root: Path) -> list[Path]:
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), key=lambda path: path.name, reverse=True)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,176 @@
+"""One logger for a run: a live console, `metrics.jsonl` always, wandb when asked.
+
+A row of `metrics.jsonl` is one JSON object. Training rows carry step, tokens, loss, lm_loss, load_balancing_loss,
+router_z_loss, lr, grad_norm, tokens_per_second, batch_hash and expert_load (per layer, 1 = fair share); evaluation
+rows carry step, val_loss, val_perplexity and val_bits_per_byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from minimoe.config import LoggingConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLogger:
+    """Context manager around a run; on other ranks than the first it is silent.
+
+    Args:
+        folder: the run's folder.
+        total_steps: for the progress bar.
+        start_step: steps already done; later rows of an interrupted run are dropped from the file.
+        wandb_run_id: id of the wandb run to continue; a new one is made when None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        logging: LoggingConfig,
+        *,
+        total_steps: int,
+        start_step: int,
+        wandb_run_id: str | None,
+        config: dict[str, Any],
+        enabled: bool,
+    ) -> None:
+        self.enabled = enabled
+        self.console = Console(quiet=not enabled)
+        self.wandb_run_id = wandb_run_id
+        self._wandb: Any = None
+        if not enabled:
+            return
+        self._file = folder / METRICS_FILE
+        _drop_rows_after(self._file, start_step)
+        self._stream = self._file.open("a", encoding="utf-8")
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=start_step, status="")
+        if logging.wandb != "off":
+            self._start_wandb(folder, logging, config)
+
+    def __enter__(self) -> MetricsLogger:
+        if self.enabled:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.enabled:
+            self._progress.stop()
+            self._stream.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def print(self, message: str) -> None:
+        """A line above the progress bar."""
+        self.console.print(message, highlight=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self.enabled:
+            self._progress.update(self._task, completed=step)
+
+    def log_training(self, row: dict[str, Any]) -> None:
+        """A training row."""
+        load = [share for layer in row["expert_load"] for share in layer]
+        balance = f"  experts {min(load):.2f}-{max(load):.2f}" if load else ""
+        status = f"loss {row['loss']:.3f}  {_short(row['tokens_per_second'])} tok/s{balance}"
+        self._write(row)
+        if self.enabled:
+            self._progress.update(self._task, completed=row["step"], status=status)
+            if not self.console.is_terminal:
+                self.print(f"step {row['step']:>6}  {status}  lr {row['lr']:.2e}  grad norm {row['grad_norm']:.2f}")
+
+    def log_evaluation(self, row: dict[str, Any]) -> None:
+        """An evaluation row."""
+        self._write(row)
+        self.print(
+            f"step {row['step']:>6}  [bold]validation[/] loss {row['val_loss']:.4f}  perplexity "
+            f"{row['val_perplexity']:.2f}  bits per byte {row['val_bits_per_byte']:.4f}"
+        )
+
+    def log_sample(self, step: int, prompt: str, text: str) -> None:
+        """A generated sample, console and wandb only."""
+        if self.enabled:
+            self.console.print(f"step {step:>6}  [dim]sample[/]", highlight=False)
+            self.console.print(f"[cyan]{_escape(prompt)}[/]{_escape(text)}", highlight=False)
+            if self._wandb is not None:
+                self._wandb.log({"sample": prompt + text}, step=step)
+
+    def flush(self) -> None:
+        """Before a checkpoint: rows up to its step must be on disk."""
+        if self.enabled:
+            self._stream.flush()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        finite = {key: _json_safe(value) for key, value in row.items()}
+        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.flush()
+        if self._wandb is not None:
+            scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+            self._wandb.log(scalars, step=row["step"])
+
+    def _start_wandb(self, folder: Path, logging: LoggingConfig, config: dict[str, Any]) -> None:
+        import wandb
+
+        self._wandb = wandb.init(
+            project=logging.project,
+            name=logging.run_name or folder.name,
+            dir=str(folder),
+            mode=logging.wandb,
+            id=self.wandb_run_id,
+            resume="allow" if self.wandb_run_id else None,
+            config=config,
+        )
+        self.wandb_run_id = self._wandb.id
+
+
+def _drop_rows_after(file: Path, step: int) -> None:
+    """Keep rows up to `step`: what an interrupted run logged later will be logged again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the torn last line of a killed process
+    replacement = file.with_suffix(".tmp")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(file)
+
+
+def _json_safe(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,160 @@
+"""Parameter groups, optimizers, and the learning rate as a pure function of the step.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) moves every hidden matrix by the orthogonalised
+momentum of its gradient; embeddings, norms and routers stay with AdamW (arXiv 1711.05101). Stacked experts
+(E, 2I, D) are E gate and E up matrices, orthogonalised apart, all matrices of one shape in one batched product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from minimoe.config import OptimizerConfig, ScheduleConfig
+
+# Quintic Newton-Schulz coefficients of Muon's authors: singular values go to about [0.7, 1.2] in 5 steps.
+_NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_NS_STEPS = 5
+
+
+def lr_at_step(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
+    """Learning rate of optimizer step `step` (counted from 0) as a share of the peak.
+
+    Linear warm-up reaches 1 at the last warm-up step. `cosine` then falls to `min_lr_ratio` at the last step;
+    `wsd` (warm-up, stable, decay; arXiv 2404.06395) stays at 1 and falls linearly over the final `decay_fraction`
+    of all steps; `constant` stays at 1.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    floor = schedule.min_lr_ratio
+    if schedule.name == "cosine":
+        progress = (step - schedule.warmup_steps) / max(total_steps - schedule.warmup_steps, 1)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if schedule.name == "wsd":
+        decay_steps = max(round(schedule.decay_fraction * total_steps), 1)
+        return floor + (1 - floor) * min(max(total_steps - step, 0) / decay_steps, 1.0)
+    return 1.0
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+    """The optimizers that together own every parameter once; each group keeps its peak rate as `peak_lr`."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = {name: p for name, p in named.items() if config.name == "muon" and _is_hidden_matrix(name, p)}
+    rest = [p for name, p in named.items() if name not in matrices]
+    adamw_lr = config.adamw_lr if config.name == "muon" else config.lr
+    groups = [
+        # Norm weights are not decayed: pulling a gain to 0 is no regularisation.
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [
+        AdamW([g for g in groups if g["params"]], lr=adamw_lr, betas=config.betas, eps=config.eps, fused=True)
+    ]
+    if matrices:
+        optimizers.append(Muon(matrices, config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[Optimizer], factor: float) -> None:
+    """Set every group to its peak rate times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, orthogonalised per matrix, with decoupled weight decay.
+
+    Args:
+        named_parameters: 2-D matrices, or 3-D stacks of matrices. A name that ends in `gate_up_proj` is split
+            in two along its rows first.
+        lr: step size; the update's RMS is about lr * sqrt(max(1, rows / columns) / columns).
+    """
+
+    def __init__(
+        self, named_parameters: dict[str, Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(list(named_parameters.values()), defaults)
+        self._halves = [2 if name.endswith("gate_up_proj") else 1 for name in named_parameters]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        (group,) = self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, halves in zip(group["params"], self._halves, strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+            update = torch.lerp(parameter.grad, buffer, momentum)  # Nesterov: look one step ahead
+            parameter.mul_(1 - lr * group["weight_decay"])
+            for target, part in zip(_matrices(parameter, halves), _matrices(update, halves), strict=True):
+                by_shape[part.shape[-2:]].append((target, part))
+        for (rows, columns), pairs in by_shape.items():
+            directions = newton_schulz(torch.cat([part for _, part in pairs]))
+            scale = -lr * max(1.0, rows / columns) ** 0.5
+            for (target, _), direction in zip(
+                pairs, directions.split([part.shape[0] for _, part in pairs]), strict=True
+            ):
+                target.add_(direction, alpha=scale)
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices, approximately: U V^T of each matrix's SVD.
+
+    Args:
+        matrices: (N, rows, columns).
+
+    Returns:
+        The same shape, in bfloat16 where the hardware computes in it, else in float32.
+    """
+    a, b, c = _NS_COEFFICIENTS
+    x = matrices.to(matmul_dtype(matrices.device))
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # the products below are over the smaller side
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-7).to(x.dtype)
+    for _ in range(_NS_STEPS):
+        gram = torch.bmm(x, x.mT)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x.mT if tall else x
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies in it, else float32."""
+    return torch.bfloat16 if has_bf16(device) else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself; emulated bf16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def _matrices(stack: Tensor, halves: int) -> list[Tensor]:
+    """A parameter as stacks (n, rows, columns) of matrices: views, so that updates reach it."""
+    stack = stack if stack.ndim == 3 else stack[None]
+    return list(stack.chunk(halves, dim=1))
