@@ -13,6 +13,7 @@ Three rules hold everywhere:
 
 from __future__ import annotations
 
+import importlib
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,12 @@ def run(config: TokenizerRun) -> Path:
         f"tokenizer: {len(tokenizer):,} tokens, {num_bytes / max(num_tokens, 1):.2f} bytes per token, "
         f"{time.monotonic() - started:.1f} s, saved in {folder}",
         highlight=False,
+        soft_wrap=True,
     )
+    if len(tokenizer) < config.tokenizer.vocab_size:
+        Console().print(
+            f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge"
+        )
     return folder
 
 
@@ -146,13 +152,15 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
 
 def _training_texts(config: TokenizerRun, sample: list[str]) -> Iterator[str]:
     """Texts of the training sources up to `max_training_bytes`, under a progress bar; fills `sample`."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
     from minimoe.data.formats import Counts, document_texts, read_documents
 
     limit, used, sampled = config.tokenizer.max_training_bytes, 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("reading text", total=limit)
         for source in config.data.train:
             for document, _ in read_documents(source, config.data, Counts()):
@@ -189,13 +197,14 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`"
         )
+    if (folder / "config.json").exists():
+        # A model's folder: AutoTokenizer warns about an architecture that is not registered.
+        importlib.import_module("minimoe.model.decoder")
     try:
         return AutoTokenizer.from_pretrained(
             str(folder) if local else name, local_files_only=local, trust_remote_code=False
         )
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError and Rust's plain Exception here
+    except Exception as error:  # OSError, ValueError, KeyError, and Rust's plain Exception
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"cannot load tokenizer {name!r}: {reason}",

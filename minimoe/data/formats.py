@@ -172,7 +172,11 @@ def to_document(row: Row, source: SourceConfig) -> Document:
 
 def document_texts(document: Document) -> list[str]:
     """The texts a document holds, without markup."""
-    return [document] if isinstance(document, str) else [message["content"] for message in document]
+    if isinstance(document, str):
+        return [document]
+    return [
+        message[key] for message in document for key in ("reasoning_content", "content") if message.get(key)
+    ]
 
 
 def _string(values: Mapping[str, Any], name: str) -> str:

@@ -195,9 +195,8 @@ def _assemble(
         tokens, learned = documents.read(document, start, stop)
         end = at + len(tokens)
         input_ids[at:end] = tokens
-        labels[at + 1 : end] = (
-            tokens[1:] if learned is None else np.where(learned[1:], tokens[1:], IGNORE_INDEX)
-        )
+        targets = input_ids[at + 1 : end]  # int64: IGNORE_INDEX would wrap in the shard's unsigned tokens
+        labels[at + 1 : end] = targets if learned is None else np.where(learned[1:], targets, IGNORE_INDEX)
         position_ids[at:end] = count[: end - at]
         at = end
     attention_mask[:at] = 1

@@ -144,6 +144,7 @@ def _complete(folder: Path) -> bool:
 def _build(
     folder: Path, source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
 ) -> None:
+    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
@@ -155,7 +156,8 @@ def _build(
         np.zeros(1, np.int64).tofile(files["offsets.bin"])
         chunks = _chunks(source, data, stage, skipped)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task(f"tokenising {sources.describe(source)}", total=None)
             for encoded in encode_all(chunks, tokenizer, stage, data):
                 encoded.tokens.astype(dtype).tofile(files["tokens.bin"])

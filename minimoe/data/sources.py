@@ -117,22 +117,18 @@ def fingerprint(source: SourceConfig) -> str:
     gives them, streamed ones by the repository's commit.
     """
     digest = hashlib.blake2b(digest_size=16)
-    if source.path is not None:
-        for path in list_files(source.path):
-            digest.update(f"{_suffix(path)}\0".encode())
-            try:
-                with path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error}", mend="check the file's permissions") from None
-    else:
-        parts = [
-            describe(source),
-            "" if source.streaming else _load_hub(source)._fingerprint,
-            _hub_commit(source),
-        ]
-        digest.update("\0".join(parts if source.streaming else parts[:2]).encode())
+    if source.path is None:
+        version = _hub_commit(source) if source.streaming else _load_hub(source)._fingerprint
+        digest.update(f"{describe(source)}\0{version}".encode())
+        return digest.hexdigest()
+    for path in list_files(source.path):
+        digest.update(f"{_suffix(path)}\0".encode())
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}", mend="check the file's permissions") from None
     return digest.hexdigest()
 
 
@@ -190,6 +186,7 @@ def _read_txt(path: Path) -> Iterator[Row | BadRow]:
                 yield Row({"text": "".join(lines)}, f"{path}:{first}")
                 lines, size, first = [], 0, number
             if ends_document:
+                first = number + 1
                 continue
             try:
                 lines.append(_decode(raw, f"{path}:{number}").replace("\r\n", "\n"))
@@ -320,14 +317,12 @@ def _load_hub(source: SourceConfig) -> Any:
 
 
 def _hub_commit(source: SourceConfig) -> str:
-    """The commit of a streamed dataset's repository, or '' for one that is not on the hub."""
-    if not source.streaming:
-        return ""
+    """The commit of the dataset's repository, or "" where it cannot be asked for: the name alone must do."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(str(source.hub)).sha or ""
-    except Exception:  # offline: the name alone must do
+    except Exception:  # no network, or a dataset from elsewhere
         return ""
 
 

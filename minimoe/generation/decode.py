@@ -47,11 +47,9 @@ class DecodeBatch:
         longest = max(len(prompt) for prompt in prompts)
         capacity = longest + max_new_tokens
         self._cache = cache if cache is not None else PreallocatedCache(model.config, capacity)
-        self._length = self._cache.get_seq_length()
+        self._length, self._prefilling = self._cache.get_seq_length(), True
 
-        pads = torch.tensor([longest - len(prompt) for prompt in prompts], device=device).unsqueeze(
-            1
-        )  # (B, 1)
+        pads = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)  # (B, 1)
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         self._next = torch.tensor(padded, device=device)[:, self._length :]  # (B, n)
         # Positions and mask of every step to come are laid out once; a step takes slices. Padding counts up
@@ -77,11 +75,9 @@ class DecodeBatch:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]  # (B, V)
-        if self._next.shape[1] > 1 and bool(logits.isnan().any()):  # once, at the prefill
-            raise UserError(
-                "the model's outputs are not numbers (NaN)", mend="its weights are broken, use others"
-            )
-        self._length = end
+        if self._prefilling and bool(logits.isnan().any()):
+            raise UserError("the model's outputs are NaN", mend="its weights are broken, use others")
+        self._prefilling, self._length = False, end
         if self._seen is not None:
             logits = penalize_repetition(logits, self._seen, self._settings.repetition_penalty)
         greedy = self._settings.temperature == 0

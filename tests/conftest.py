@@ -1,0 +1,54 @@
+"""Fixtures shared by all tests: a tiny tokenizer, and a way to write small data files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimoe.config import DataConfig
+from minimoe.tokenizer import load_tokenizer, train_bpe
+
+SENTENCES = [
+    "The cat sat on the mat and looked at the moon.",
+    "Once upon a time there was a small boat that wanted to see the sea.",
+    "What is 3 + 4? It is 7, and 7 + 8 is 15.",
+    "The boat said hello to the cat, and the cat said hello to the boat.\n\nThey went home.",
+    "Grüße aus München, naïve café: 日本語 😀",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(iter(SENTENCES * 4), vocab_size=400).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_tokenizer_dir: Path):
+    return load_tokenizer(tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    def write(rows: list[Any], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
+    """A DataConfig whose cache is in the test's folder."""
+
+    def make(train: Any, **values: Any) -> DataConfig:
+        defaults = {"cache_dir": str(tmp_path / "cache"), "sequence_length": 32, "num_processes": 1}
+        return DataConfig.model_validate(defaults | {"train": train} | values)
+
+    return make

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+from minimoe.model.losses import IGNORE_INDEX, expert_counts, load_balancing_loss, next_token_loss, router_z_loss
+
+
+def test_next_token_loss_is_the_mean_cross_entropy_of_the_targets_that_count():
+    logits, targets = torch.randn(7, 11), torch.tensor([1, 2, IGNORE_INDEX, 4, 5, IGNORE_INDEX, 0])
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(next_token_loss(logits, targets), expected)
+
+
+def test_next_token_loss_of_nothing_is_zero_with_zero_gradient():
+    logits = torch.randn(3, 5, requires_grad=True)
+    loss = next_token_loss(logits, torch.full((3,), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad.abs().sum() == 0
+
+
+def test_shares_of_a_step_add_up_to_the_loss_of_the_whole():
+    logits, targets = torch.randn(10, 5), torch.randint(0, 5, (10,))
+    whole = next_token_loss(logits, targets)
+    parts = sum(next_token_loss(logits[a:b], targets[a:b], 10) for a, b in ((0, 1), (1, 7), (7, 10)))
+    torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_balance_loss_of_a_uniform_router_is_k(k):
+    experts, tokens = 4, 8
+    expert_ids = torch.stack([(torch.arange(k) + t) % experts for t in range(tokens)])
+    uniform = torch.full((tokens, experts), 1 / experts)
+    assert load_balancing_loss(uniform, expert_ids).item() == pytest.approx(k)
+    assert load_balancing_loss(uniform, expert_ids, batch_size=2).item() == pytest.approx(k)
+
+
+def test_the_balance_loss_equals_transformers_for_one_layer_with_and_without_padding():
+    logits = torch.randn(24, 6)
+    probabilities = logits.softmax(-1)
+    expert_ids = probabilities.topk(2).indices
+    mask = torch.rand(4, 6) > 0.3
+    expected = load_balancing_loss_func((logits,), 6, 2)
+    torch.testing.assert_close(load_balancing_loss(probabilities, expert_ids), expected)
+    expected = load_balancing_loss_func((logits,), 6, 2, mask.long())
+    torch.testing.assert_close(load_balancing_loss(probabilities, expert_ids, mask.flatten()), expected)
+
+
+def test_the_sequence_wise_balance_loss_is_the_mean_of_each_sequences_own():
+    probabilities = torch.randn(30, 5).softmax(-1)
+    expert_ids = probabilities.topk(2).indices
+    each = [load_balancing_loss(p, i) for p, i in zip(probabilities.split(10), expert_ids.split(10), strict=True)]
+    actual = load_balancing_loss(probabilities, expert_ids, batch_size=3)
+    torch.testing.assert_close(actual, torch.stack(each).mean())
+
+
+def test_the_sequence_wise_balance_loss_sees_imbalance_that_cancels_over_the_batch():
+    one, other = torch.tensor([[0.9, 0.1]]).expand(4, 2), torch.tensor([[0.1, 0.9]]).expand(4, 2)
+    probabilities = torch.cat((one, other))
+    expert_ids = probabilities.topk(1).indices
+    assert load_balancing_loss(probabilities, expert_ids).item() == pytest.approx(1.0)
+    assert load_balancing_loss(probabilities, expert_ids, batch_size=2).item() == pytest.approx(1.8)
+
+
+def test_padding_counts_in_no_router_term():
+    logits = torch.randn(12, 4)
+    probabilities, expert_ids = logits.softmax(-1), logits.topk(2).indices
+    mask = torch.arange(12) < 7
+    real = slice(0, 7)
+    for batch_size in (None, 1):
+        torch.testing.assert_close(
+            load_balancing_loss(probabilities, expert_ids, mask, batch_size),
+            load_balancing_loss(probabilities[real], expert_ids[real], None, batch_size),
+        )
+    torch.testing.assert_close(router_z_loss(logits, mask), router_z_loss(logits[real]))
+    assert expert_counts(expert_ids, 4, mask).tolist() == expert_counts(expert_ids[real], 4).tolist()
+    assert expert_counts(expert_ids, 4).sum() == 24
+
+
+def test_the_router_z_loss_is_the_mean_squared_log_sum_exp():
+    logits = torch.zeros(3, 4)
+    assert router_z_loss(logits).item() == pytest.approx(math.log(4) ** 2)

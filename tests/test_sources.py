@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from minimoe.config import SourceConfig
+from minimoe.data.sources import BadRow, Row, cut_text, fingerprint, list_files, read_rows
+from minimoe.errors import UserError
+
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
+
+
+def rows_of(path, **values):
+    return list(read_rows(SourceConfig(path=str(path), **values)))
+
+
+def texts_of(path, **values):
+    return [row.values["text"] for row in rows_of(path, **values)]
+
+
+def write_parquet(path: Path, columns: dict) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    rows = [{"text": "the cat"}, {"text": 'a "quoted", line'}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=2))
+    (tmp_path / "c.json").write_text(lines)
+    (tmp_path / "d.csv").write_text('text\nthe cat\n"a ""quoted"", line"\n')
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    write_parquet(tmp_path / "f.parquet", {"text": [row["text"] for row in rows]})
+    for path in sorted(tmp_path.iterdir()):
+        assert [row.values for row in rows_of(path)] == rows, path
+    assert texts_of(tmp_path) == ["the cat", 'a "quoted", line'] * 6
+    assert len(rows_of(tmp_path / "*.json")) == 4
+
+
+def test_rows_carry_their_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert [row.place for row in rows_of(path)] == [f"{path}:1", f"{path}:3"]
+
+
+def test_a_txt_file_is_one_document_and_separator_lines_split_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n")
+    assert texts_of(path) == ["one\ntwo\n"]
+    path.write_text("one\n<|endoftext|>\ntwo <|endoftext|> still two\n<|endoftext|>\n")
+    assert texts_of(path) == ["one\n", "two <|endoftext|> still two\n"]
+    assert rows_of(path, text_column="story")[0].values == {"story": "one\n"}
+
+
+def test_a_long_txt_file_is_cut_at_line_breaks_and_nothing_is_lost(tmp_path):
+    path = tmp_path / "a.txt"
+    text = "".join(f"line {number} of a long book\n" for number in range(20_000))
+    path.write_text(text)
+    pieces = texts_of(path)
+    assert "".join(pieces) == text
+    assert len(pieces) > 5
+    assert all(len(piece) <= 64 * 1024 and piece.endswith("\n") for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "short", "a b " * 100, "x" * 95, "é\n" * 50, "\n" * 30, " " * 30 + "\n" * 7]
+)
+def test_cut_pieces_join_to_the_text_and_respect_the_limit(text):
+    pieces = list(cut_text(text, 10))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 10 for piece in pieces)
+
+
+def test_byte_order_mark_crlf_and_nul_are_read(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\0\r\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two\\u0000"}\r\n')
+    (tmp_path / "c.csv").write_bytes(b"\xef\xbb\xbftext\r\none\r\n")
+    assert texts_of(tmp_path) == ["one\ntwo\0\n", "one", "two\0", "one"]
+
+
+def test_a_line_of_ten_megabytes_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "word " * 2_000_000}) + "\n")
+    assert len(texts_of(path)[0]) == 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "line"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}\n',
+            "invalid UTF-8: byte 0xff at column 11",
+            2,
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\n{"text": "b"}\n', "malformed JSON", 2),
+        ("a.jsonl", b'{"text": "a"}\n[1, 2]\n{"text": "b"}\n', "expected a JSON object, not list", 2),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b'\n{"text": "b"}\n', "malformed JSON", 2),
+        ("a.csv", b"text\na\nb,c\nb\n", "more fields", 3),
+        ("a.txt", b"a\n\xffb\nc\n", "invalid UTF-8", 2),
+    ],
+)
+def test_a_bad_row_names_its_line_and_the_others_are_read(tmp_path, name, content, what, line):
+    path = tmp_path / name
+    path.write_bytes(content)
+    rows = rows_of(path)
+    (bad,) = [row for row in rows if isinstance(row, BadRow)]
+    assert what in bad.what
+    assert bad.place == f"{path}:{line}"
+    assert sum(isinstance(row, Row) for row in rows) == (1 if name == "a.txt" else 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "missing.jsonl", "no such file"),
+        (lambda folder: folder / "*.jsonl", "no such file"),
+        (lambda folder: folder, "no data files"),
+        (lambda folder: folder / "a.bin", "unknown kind"),
+        (lambda folder: folder / "a.parquet.x", "unknown kind"),
+        (lambda folder: folder / "deep" / "bad.parquet", "cannot read"),
+        (lambda folder: folder / "deep" / "bad.jsonl.gz", "cannot read"),
+    ],
+)
+def test_an_unusable_path_is_a_user_error(tmp_path, make, message):
+    for name in ("a.bin", "a.parquet.x"):
+        (tmp_path / name).write_text("x")
+    if "deep" in str(make(tmp_path)):
+        (tmp_path / "deep").mkdir()
+        make(tmp_path).write_bytes(b"no such thing")
+    with pytest.raises(UserError, match=message):
+        rows_of(make(tmp_path))
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "a.txt").write_text("x")
+    (tmp_path / "b.txt").write_text("x")
+    assert list_files(str(tmp_path)) == [tmp_path / "b.txt"]
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("the cat")
+    first, second = (SourceConfig(path=str(tmp_path / name)) for name in ("a", "b"))
+    assert fingerprint(first) == fingerprint(second)
+    (tmp_path / "b" / "x.txt").write_text("the hat")
+    assert fingerprint(first) != fingerprint(second)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_gives_its_rows(monkeypatch, streaming):
+    import datasets
+
+    from minimoe.data import sources
+
+    asked = []
+
+    def load_dataset(path, **values):
+        asked.append((path, values))
+        dataset = datasets.Dataset.from_dict({"text": ["a", "b"]})
+        return dataset.to_iterable_dataset() if streaming else dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "_hub_commit", lambda source: "commit")
+    source = SourceConfig(hub="org/stories", subset="small", split="test", streaming=streaming)
+    rows = list(read_rows(source))
+    assert [row.values["text"] for row in rows] == ["a", "b"]
+    assert rows[1].place == "org/stories/small/test, row 2"
+    assert asked == [("org/stories", {"name": "small", "split": "test", "streaming": streaming})]
+    assert fingerprint(source) == fingerprint(source)
+
+
+def test_an_unknown_hub_dataset_is_a_user_error(monkeypatch):
+    import datasets
+
+    def fail(*_, **__):
+        raise FileNotFoundError("Dataset 'org/none' doesn't exist")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match="org/none"):
+        list(read_rows(SourceConfig(hub="org/none")))
+
+
+def test_all_samples_are_read():
+    assert {path.name for path in list_files(str(SAMPLES))} == {path.name for path in SAMPLES.iterdir()}
+    assert all(isinstance(row, Row) for row in rows_of(SAMPLES))

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimoe import tokenizer as tok
+from minimoe.config import TokenizerRun
+from minimoe.errors import UserError
+
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello  there,\n cat?\n"},
+    {"role": "assistant", "reasoning_content": "A greeting.", "content": "Hello, boat!"},
+    {"role": "user", "content": "Look up the moon."},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "find", "arguments": {"q": "moon"}}}],
+    },
+    {"role": "tool", "content": '{"answer": "round"}'},
+    {"role": "assistant", "content": "It is round. 😀"},
+]
+TYPED = "".join(tok.SPECIAL_TOKENS)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path):
+    def make(path: Path, **values) -> TokenizerRun:
+        section = {"vocab_size": 320, **values}
+        data = {"train": str(path), "cache_dir": str(tmp_path)}
+        return TokenizerRun.model_validate(
+            {"output_dir": str(tmp_path / "out"), "tokenizer": section, "data": data}
+        )
+
+    return make
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_any_unicode_text_round_trips_up_to_nfc(tiny_tokenizer, text):
+    ids = tok.encode_text(tiny_tokenizer, text)
+    assert tiny_tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_the_split_regex_is_qwen2s():
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert tok.SPLIT_REGEX == PRETOKENIZE_REGEX
+
+
+def test_all_bytes_and_special_tokens_are_in_the_vocabulary(tiny_tokenizer):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    vocabulary = tiny_tokenizer.get_vocab()
+    assert set(ByteLevel.alphabet()) <= set(vocabulary)
+    assert [vocabulary[token] for token in tok.SPECIAL_TOKENS] == list(range(len(tok.SPECIAL_TOKENS)))
+    assert tiny_tokenizer.pad_token_id not in (tiny_tokenizer.eos_token_id, tiny_tokenizer.bos_token_id)
+
+
+def test_a_training_run_saves_a_folder_that_autotokenizer_opens(make_run, write_jsonl, capsys):
+    from transformers import AutoTokenizer
+
+    folder = tok.run(make_run(write_jsonl([{"text": "the cat and the hat"}] * 9)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        tok.END_OF_TEXT,
+        tok.IM_END,
+        tok.PAD,
+    )
+    assert tokenizer.chat_template == tok.CHAT_TEMPLATE
+    assert (folder / "chat_template.jinja").exists()
+    assert tokenizer.tokenize(TYPED) == list(tok.SPECIAL_TOKENS)
+    summary = capsys.readouterr().out
+    assert f"{len(tokenizer):,} tokens" in summary
+    assert "bytes per token" in summary
+
+
+def test_merges_are_learned_from_at_most_max_training_bytes(make_run, write_jsonl):
+    path = write_jsonl([{"text": "zq " * 20}, {"text": "the cat " * 20}])
+    tokenizer = tok.load_tokenizer(tok.run(make_run(path, max_training_bytes=60)))
+    assert "zq" in tokenizer.get_vocab()
+    assert "cat" not in tokenizer.get_vocab()
+
+
+def test_conversations_contribute_their_contents_to_the_tokenizer(make_run, write_jsonl):
+    path = write_jsonl([{"messages": [{"role": "user", "content": "zqzq zqzq zqzq"}]}] * 3)
+    assert "zqzq" in tok.load_tokenizer(tok.run(make_run(path))).get_vocab()
+
+
+@pytest.mark.parametrize("name", ["missing_folder", "./x", "/no/such/tokenizer"])
+def test_a_missing_tokenizer_is_a_user_error(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="tokenizer"):
+        tok.load_tokenizer(name)
+
+
+def test_a_missing_folder_beside_existing_ones_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="not found: runs/tokenizer"):
+        tok.load_tokenizer("runs/tokenizer")
+
+
+def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="cannot load"):
+        tok.load_tokenizer(tmp_path)
+
+
+def test_typed_control_tokens_are_text(tiny_tokenizer):
+    ids = tok.encode_text(tiny_tokenizer, TYPED)
+    assert not set(ids) & set(tiny_tokenizer.all_special_ids)
+    assert tiny_tokenizer.decode(ids) == TYPED
+
+
+def test_a_document_begins_and_ends_with_end_of_text(tiny_tokenizer):
+    ids = tok.document_ids(tiny_tokenizer, "the cat")
+    assert ids[0] == ids[-1] == tiny_tokenizer.get_vocab()[tok.END_OF_TEXT]
+    assert tiny_tokenizer.decode(ids[1:-1]) == "the cat"
+
+
+def test_a_conversation_has_the_ids_and_mask_of_apply_chat_template(tiny_tokenizer):
+    reference = tiny_tokenizer.apply_chat_template(
+        CHAT, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
+    )
+    ids, learned = tok.encode_chat(tiny_tokenizer, CHAT)
+    assert ids == reference["input_ids"]
+    assert learned == [bool(flag) for flag in reference["assistant_masks"]]
+
+
+contents = st.text(alphabet=st.sampled_from("ab \n\t<|>.é😀\ue0001"), min_size=1, max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(user=contents, answer=contents.filter(lambda text: text[0] not in "\n \t"))
+def test_any_plain_conversation_has_the_ids_of_apply_chat_template(tiny_tokenizer, user, answer):
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    reference = tiny_tokenizer.apply_chat_template(messages, return_dict=False)
+    assert tok.encode_chat(tiny_tokenizer, messages)[0] == reference
+
+
+def test_all_assistant_turns_and_their_ends_are_learned_and_nothing_else(tiny_tokenizer):
+    ids, learned = tok.encode_chat(tiny_tokenizer, CHAT)
+    text = tiny_tokenizer.decode([token for token, flag in zip(ids, learned, strict=True) if flag])
+    assert text == (
+        "<think>\nA greeting.\n</think>\n\nHello, boat!<|im_end|>"
+        '<tool_call>\n{"name": "find", "arguments": {"q": "moon"}}\n</tool_call><|im_end|>'
+        "It is round. 😀<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning_content"])
+def test_typed_control_tokens_in_a_conversation_are_text(tiny_tokenizer, field):
+    messages = [
+        {"role": "user", "content": f"a{TYPED}b"},
+        {"role": "assistant", "content": "c", field: f"a{TYPED}b"},
+    ]
+    plain = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c", field: "ab"}]
+    ids, _ = tok.encode_chat(tiny_tokenizer, messages)
+    expected, _ = tok.encode_chat(tiny_tokenizer, plain)
+    special = set(tiny_tokenizer.all_special_ids)
+    assert [token for token in ids if token in special] == [token for token in expected if token in special]
+    assert tiny_tokenizer.decode(ids).count(f"a{TYPED}b") == 2
+
+
+def test_typed_control_tokens_in_tool_arguments_are_text(tiny_tokenizer):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": ["<|im_start|>"]}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    ids, _ = tok.encode_chat(tiny_tokenizer, messages)
+    assert ids.count(tiny_tokenizer.eos_token_id) == 2
+
+
+@pytest.mark.parametrize("answer", ["Hello", "\nHello", " Hello", "\n\n"])
+def test_a_prompt_is_a_prefix_of_its_conversation(tiny_tokenizer, answer):
+    messages = [{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": answer}]
+    prompt = tok.encode_prompt(tiny_tokenizer, messages[:1])
+    ids, learned = tok.encode_chat(tiny_tokenizer, messages)
+    assert ids[: len(prompt)] == prompt
+    assert learned.index(True) == len(prompt)
+    followed = tok.encode_prompt(tiny_tokenizer, [*messages, {"role": "user", "content": "More"}])
+    assert followed[: len(ids)] == ids
+
+
+def test_a_template_without_generation_marks_can_prompt_but_not_teach(tiny_tokenizer_dir):
+    tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "Hi"}]
+    assert tok.encode_prompt(tokenizer, messages) == tokenizer.apply_chat_template(
+        messages, return_dict=False
+    )
+    with pytest.raises(UserError, match="generation"):
+        tok.encode_chat(tokenizer, messages)
+
+
+def test_a_tokenizer_without_a_template_is_a_user_error(tiny_tokenizer_dir):
+    tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        tok.encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
