@@ -24,13 +24,16 @@ app = typer.Typer(
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the run's config; recipes are in configs/")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="replace values of the config, e.g. train.max_steps=100")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="replace values of the config, e.g. train.max_steps=100"),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest good checkpoint of output_dir")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that output_dir holds and start again")]
 ModelDir = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="model folder, e.g. runs/quickstart/sft/final")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
-Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="decoding settings, e.g. temperature=0")]
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="decoding settings, e.g. temperature=0")
+]
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a generation: section")]
 
 
@@ -46,7 +49,7 @@ def _options(
 def tokenizer(config: Config, overrides: Overrides = None) -> None:
     """Train a byte-level BPE tokenizer on the documents of a config."""
     from minimoe.config import TokenizerRun, load_config
-    from minimoe.tokenizer import run
+    from minimoe.train.tokenizer import run
 
     run(load_config(TokenizerRun, config, overrides or ()))
 
@@ -83,11 +86,15 @@ def preview(
     from minimoe.config import PretrainRun, SftRun, config_keys, load_config
     from minimoe.data.preview import run
 
-    kind = SftRun if "init_from" in config_keys(config) else PretrainRun
-    run(load_config(kind, config, overrides or ()), count)
+    if "init_from" in config_keys(config):
+        run(load_config(SftRun, config, overrides or ()), count)
+    else:
+        run(load_config(PretrainRun, config, overrides or ()), count)
 
 
-@app.command(epilog='Example: minimoe generate runs/quickstart/pretrain/final --prompt "Once upon a time" temperature=0.7')
+@app.command(
+    epilog='Example: minimoe generate runs/quickstart/pretrain/final --prompt "Once upon a time" temperature=0.7'
+)
 def generate(
     model_dir: ModelDir,
     settings: Settings = None,
@@ -120,7 +127,9 @@ def chat_command(
     run(model_dir, loaded, device=device, system=system)
 
 
-@app.command(epilog="Example: minimoe evaluate runs/quickstart/pretrain/final --data data/quickstart/valid_stories.jsonl")
+@app.command(
+    epilog="Example: minimoe evaluate runs/quickstart/pretrain/final --data data/quickstart/valid_stories.jsonl"
+)
 def evaluate(
     model_dir: ModelDir,
     data: Annotated[str, typer.Option(help="file, folder or glob: txt, jsonl, json, parquet, csv")],
@@ -166,7 +175,10 @@ def main() -> NoReturn:
         sys.exit(0)
     except Exception as error:
         if not os.environ.get("MINIMOE_DEBUG"):
-            print(f"error: a bug in minimoe ({type(error).__name__}: {error}); run again with --debug", file=sys.stderr)
+            print(
+                f"error: a bug in minimoe ({type(error).__name__}: {error}); run again with --debug",
+                file=sys.stderr,
+            )
             sys.exit(EXIT_BUG)
         raise
     sys.exit(0)

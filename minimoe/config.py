@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from minimoe.errors import UserError
 
@@ -150,9 +158,7 @@ class TrainConfig(Section):
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of max_steps or epochs")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
-            )
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
 
 
@@ -208,6 +214,17 @@ class PretrainRun(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     logging: LoggingConfig = LoggingConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _architecture(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # Imported here: the architecture's rules need transformers, and most configs are read without it.
+        from minimoe.model.config import architecture_problems
+
+        problems = architecture_problems(value)
+        if problems:
+            raise ValueError("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> PretrainRun:
@@ -288,13 +305,19 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+|\.inf|\.nan)$"),
+    re.compile(
+        r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+|\.inf|\.nan)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -335,7 +358,9 @@ def _record_lines(node: yaml.Node | None, prefix: str, file: str, lines: dict[st
             key = str(key_node.value)
             if key in seen:
                 raise UserError(
-                    f"duplicate key {prefix}{key}, first on line {seen[key]}", where=where, mend="keep one of the two"
+                    f"duplicate key {prefix}{key}, first on line {seen[key]}",
+                    where=where,
+                    mend="keep one of the two",
                 )
             seen[key] = key_node.start_mark.line + 1
             lines[prefix + key] = where
@@ -361,7 +386,9 @@ def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str
         child = target.setdefault(parent, {})
         if not isinstance(child, dict):
             dotted = ".".join(parents[: depth + 1])
-            raise UserError(f"override {override!r}: {dotted} is a value, not a section", mend=f"override {dotted} itself")
+            raise UserError(
+                f"override {override!r}: {dotted} is a value, not a section", mend=f"override {dotted} itself"
+            )
         target = child
     target[last] = value
     lines[key.strip()] = f"override {override!r}"
@@ -378,7 +405,7 @@ def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, l
             message = f"unknown key{suggestion(str(location[-1]), _known_keys(kind, location[:-1]))}"
         elif item["type"] == "missing":
             message = "required, but missing"
-        elif "input" in item and not isinstance(item["input"], dict):
+        elif "input" in item and not isinstance(item["input"], dict) and "got" not in message:
             message = f"{message[0].lower()}{message[1:]}, got {_shorten(item['input'])}"
         place = _nearest_line(dotted, lines, source)
         problems.append(f"{dotted + ': ' if dotted else ''}{message} ({place})")

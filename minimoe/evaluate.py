@@ -83,8 +83,8 @@ def evaluate_source(
 
     model, tokenizer = load_model(model_dir, device=device, dtype=torch.float32)
     length = sequence_length or min(model.config.max_position_embeddings, 1024)
-    source = SourceConfig(path=path)  # type: ignore[call-arg]
-    data = DataConfig(train=(source,), sequence_length=length)  # type: ignore[call-arg]
+    source = SourceConfig(path=path)
+    data = DataConfig(train=(source,), sequence_length=length)
     validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
     return evaluate_model(model, validation, batch_size)
 

@@ -38,7 +38,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
     """
     folder = model_folder(path)
     target = pick_device(device)
-    with _quiet():
+    with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -114,7 +114,7 @@ def _check_loaded(info: dict[str, Any], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar and no load report on the terminal: defects are raised instead."""
     verbosity, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

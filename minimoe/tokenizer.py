@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import importlib
 import re
-import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minimoe.config import TokenizerRun
 from minimoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,38 +74,6 @@ CHAT_TEMPLATE = r"""
 {%- endif %}
 """.strip()
 
-_SAMPLE_BYTES = 1_000_000  # text on which bytes per token is measured
-
-
-def run(config: TokenizerRun) -> Path:
-    """Train a tokenizer on `config.data.train`, save it in `config.output_dir` and return that folder."""
-    from rich.console import Console
-
-    started = time.monotonic()
-    sample: list[str] = []
-    tokenizer = train_bpe(_training_texts(config, sample), config.tokenizer.vocab_size)
-    folder = Path(config.output_dir).expanduser()
-    try:
-        tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the tokenizer: {error}", where=str(folder), mend="change output_dir"
-        ) from None
-
-    num_tokens = sum(len(ids) for ids in encode_texts(tokenizer, sample))
-    num_bytes = sum(len(text.encode()) for text in sample)
-    Console().print(
-        f"tokenizer: {len(tokenizer):,} tokens, {num_bytes / max(num_tokens, 1):.2f} bytes per token, "
-        f"{time.monotonic() - started:.1f} s, saved in {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if len(tokenizer) < config.tokenizer.vocab_size:
-        Console().print(
-            f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge"
-        )
-    return folder
-
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Learn merges from texts; `vocab_size` counts the bytes and the special tokens too."""
@@ -150,35 +116,6 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
     )
 
 
-def _training_texts(config: TokenizerRun, sample: list[str]) -> Iterator[str]:
-    """Texts of the training sources up to `max_training_bytes`, under a progress bar; fills `sample`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from minimoe.data.formats import Counts, document_texts, read_documents
-
-    limit, used, sampled = config.tokenizer.max_training_bytes, 0, 0
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("reading text", total=limit)
-        for source in config.data.train:
-            for document, _ in read_documents(source, config.data, Counts()):
-                for text in document_texts(document):
-                    data = text.encode()[: limit - used]
-                    used += len(data)
-                    text = data.decode(errors="ignore")  # the last text may be cut inside a character
-                    if sampled < _SAMPLE_BYTES:
-                        sample.append(text)
-                        sampled += len(data)
-                    yield text
-                    progress.update(bar, completed=used)
-                if used >= limit:
-                    break
-        progress.update(bar, description="learning merges", total=used)
-        yield ""  # keeps the bar on screen until the trainer asks for more, that is until it starts merging
-
-
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     """Open a tokenizer folder, or download one by its hub name.
 
@@ -194,9 +131,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     if not local and (
         folder.is_absolute() or name.startswith((".", "~")) or (folder.parent.name and folder.parent.is_dir())
     ):
-        raise UserError(
-            f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`"
-        )
+        raise UserError(f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`")
     if (folder / "config.json").exists():
         # A model's folder: AutoTokenizer warns about an architecture that is not registered.
         importlib.import_module("minimoe.model.decoder")
@@ -217,9 +152,7 @@ def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token_id in (tokenizer.bos_token_id, tokenizer.get_vocab().get(END_OF_TEXT), tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
-    raise UserError(
-        "the tokenizer has neither a bos nor an eos token", mend="use one trained by `minimoe tokenizer`"
-    )
+    raise UserError("the tokenizer has neither a bos nor an eos token", mend="use one trained by `minimoe tokenizer`")
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -248,9 +181,7 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [boundary, *encode_text(tokenizer, text), boundary]
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], list[bool]]:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Ids of a conversation, and which of them SFT learns: every assistant turn, its `<|im_end|>` included.
 
     Raises:
@@ -337,9 +268,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        raise UserError(
-            "the tokenizer has no chat template", mend="use a tokenizer trained by `minimoe tokenizer`"
-        )
+        raise UserError("the tokenizer has no chat template", mend="use a tokenizer trained by `minimoe tokenizer`")
     return template
 
 
@@ -352,9 +281,7 @@ def _unused_character(messages: Sequence[Message]) -> str:
 def _defuse(value: Any, control: re.Pattern[str], cut: str) -> Any:
     """`value` with `cut` put after the first character of every control token spelled out in it."""
     if isinstance(value, str):
-        return (
-            control.sub(lambda match: match[0][0] + cut + match[0][1:], value) if control.pattern else value
-        )
+        return control.sub(lambda match: match[0][0] + cut + match[0][1:], value) if control.pattern else value
     if isinstance(value, list):
         return [_defuse(item, control, cut) for item in value]
     if isinstance(value, dict):

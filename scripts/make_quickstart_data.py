@@ -42,10 +42,10 @@ from story_writer import draw_facts, stable_hash, write_story
 
 TRAIN_BYTES = {"stories": 7_000_000, "english": 3_000_000, "code": 2_500_000}  # at most, with --scale 1
 VALID_BYTES = 130_000  # of each part
-SFT_ROWS = {"story": 7200, "question": 7200, "arithmetic": 4800, "reorder": 4800}
+SFT_ROWS = {"story": 7000, "question": 8000, "arithmetic": 4000, "reorder": 5000}
 SFT_VALID_ROWS = {"story": 90, "question": 90, "arithmetic": 60, "reorder": 60}
 TEST_ROWS = {"story": 60, "question": 60, "arithmetic": 40, "reorder": 40}
-MAX_TURNS = {"story": 1, "question": 3, "arithmetic": 4, "reorder": 3}  # instructions in one conversation
+MAX_TURNS = {"story": 1, "question": 5, "arithmetic": 8, "reorder": 6}  # instructions in one conversation
 
 # Tests, vendored wheels, code tables, and the file that holds the build paths of this machine.
 SKIPPED = {
@@ -122,9 +122,7 @@ def definitions(body: Iterable[ast.stmt], lines: list[str]) -> Iterator[str]:
             yield from definitions(node.body, lines)
 
 
-def real_text(
-    part: str, rng: random.Random, documents: list[Document], scale: float
-) -> tuple[list[Row], list[Row]]:
+def real_text(part: str, rng: random.Random, documents: list[Document], scale: float) -> tuple[list[Row], list[Row]]:
     """Training and validation rows of one part: no paragraph twice, nothing near to a validation document."""
     documents = [document for document in documents if document.part == part]
     rng.shuffle(documents)
@@ -228,10 +226,7 @@ def up_to(num_bytes: float, texts: list[str]) -> list[str]:
 def make(library: list[Document], seed: int, scale: float = 1.0) -> dict[str, list[Row]]:
     """The rows of every file. `scale` shrinks all but the test and the validation of the fine-tuning."""
     # A generator for each file, so that a change of one leaves the others as they were.
-    rng = {
-        name: random.Random(f"{seed} {name}")
-        for name in ("english", "code", "stories", "valid", "sft", "test")
-    }
+    rng = {name: random.Random(f"{seed} {name}") for name in ("english", "code", "stories", "valid", "sft", "test")}
     english, valid_english = real_text("english", rng["english"], library, scale)
     code, valid_code = real_text("code", rng["code"], library, scale)
     pretrain = english + code + rows(story_pages(rng["stories"], TRAIN_BYTES["stories"] * scale), "stories")
@@ -244,8 +239,7 @@ def make(library: list[Document], seed: int, scale: float = 1.0) -> dict[str, li
         "sft": conversations(rng["sft"], "train", SFT_ROWS, scale),
         "sft_valid": conversations(rng["valid"], "valid", SFT_VALID_ROWS),
         "test": [
-            {"task": task.name, "messages": task.messages[:1], "check": task.check}
-            for task in test_tasks(rng["test"])
+            {"task": task.name, "messages": task.messages[:1], "check": task.check} for task in test_tasks(rng["test"])
         ],
     }
 

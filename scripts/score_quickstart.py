@@ -129,9 +129,7 @@ def main() -> None:
     report = {
         "score": count_correct(answered),
         "bits_per_byte": (
-            bits_per_byte(arguments.pretrained, arguments.data, arguments.device)
-            if arguments.pretrained
-            else {}
+            bits_per_byte(arguments.pretrained, arguments.data, arguments.device) if arguments.pretrained else {}
         ),
         "story": story,
         "instructions": instructions,

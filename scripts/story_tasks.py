@@ -168,9 +168,7 @@ def question_tasks(rng: random.Random, split: str, number: int = 1) -> list[Task
     tasks = []
     for turn, kind in enumerate(rng.sample(kinds, number)):
         question, answer = ask(rng, facts, kind)
-        prompt = (
-            rng.choice(READING_PROMPTS).format(story=story.text, question=question) if turn == 0 else question
-        )
+        prompt = rng.choice(READING_PROMPTS).format(story=story.text, question=question) if turn == 0 else question
         check = {"kind": kind, "fact": fact_of(facts, kind), "question": question}
         tasks.append(Task("question", prompt, answer, check))
     return tasks
@@ -254,9 +252,7 @@ def draw_problem(rng: random.Random, held_out: bool) -> Problem:
             rng.shuffle(operands)
             a, b = operands
         elif rng.random() < 0.2:  # tables: whole tens and small numbers, as they occur in the steps
-            a, b = rng.choice(
-                ((10 * rng.randint(1, 9), rng.randint(1, 72)), (rng.randint(1, 49), rng.randint(1, 9)))
-            )
+            a, b = rng.choice(((10 * rng.randint(1, 9), rng.randint(1, 72)), (rng.randint(1, 49), rng.randint(1, 9))))
         else:
             a, b = rng.randint(2, 49), rng.randint(2, 49)
         if sign == "-":

@@ -103,7 +103,7 @@ def draw_facts(rng: random.Random, split: str) -> Facts:
             object=rng.choice(OBJECTS),
             colour=rng.choice(COLOURS),
             place=place,
-            wrong_place=wrong_place if rng.random() < 0.4 else None,
+            wrong_place=wrong_place if rng.random() < 0.25 else None,
             reason=rng.choice(REASONS),
             obstacle=obstacle,
             solution=rng.choice(obstacle.solutions),
@@ -123,21 +123,21 @@ def write_story(rng: random.Random, facts: Facts) -> Story:
         return fill(rng, rng.choice(patterns), facts)
 
     beginning = [say(OPENINGS)]
-    if rng.random() < 0.35:
+    if rng.random() < 0.15:
         beginning.append(say(HABITS))
     beginning.append(say(WANTS))
     if facts.wrong_place:
         beginning.append(say(WRONG_TURNS))
     beginning.append(say(CLUES))
     middle = [say(OBSTACLE_SCENES), say(facts.obstacle.attempts)]
-    if rng.random() < 0.6:
+    if rng.random() < 0.3:
         middle.append(say(FEELINGS))
     end = [say(HELPS if facts.helper else IDEAS), say(FINDS)]
     if facts.helper:
         end.append(say(THANKS))
     if not facts.helper or rng.random() < 0.5:
         end.append(say(ENDINGS))
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         end.append(say(MORALS))
     return Story(facts, "\n\n".join(" ".join(sentences) for sentences in (beginning, middle, end)))
 

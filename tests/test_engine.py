@@ -46,9 +46,7 @@ def engine(tiny_tokenizer) -> Engine:
 @pytest.fixture(scope="module")
 def qwen_engine(tiny_tokenizer) -> Engine:
     torch.manual_seed(0)
-    return without_end(
-        Engine(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, norm_topk_prob=True)), tiny_tokenizer)
-    )
+    return without_end(Engine(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE, norm_topk_prob=True)), tiny_tokenizer))
 
 
 @pytest.fixture
@@ -264,9 +262,7 @@ def test_a_model_folder_or_a_run_folder_opens(engine, model_dir, tmp_path, neste
         folder = tmp_path / "run"
         shutil.copytree(model_dir, folder / "final")
     opened = without_end(Engine.from_pretrained(folder, device="cpu"))
-    assert (
-        opened.generate(["The cat"], GREEDY)[0].token_ids == engine.generate(["The cat"], GREEDY)[0].token_ids
-    )
+    assert opened.generate(["The cat"], GREEDY)[0].token_ids == engine.generate(["The cat"], GREEDY)[0].token_ids
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

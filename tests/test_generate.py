@@ -52,9 +52,7 @@ def test_one_prompt_streams_and_statistics_go_to_standard_error(model_dir, texts
 
 def test_a_chat_answer_is_printed_without_its_question(model_dir, capsys):
     run(model_dir, ["The cat"], SETTINGS.model_copy(update={"chat": True}), device="cpu")
-    expected = Engine.from_pretrained(model_dir, "cpu").generate(
-        [[{"role": "user", "content": "The cat"}]], SETTINGS
-    )
+    expected = Engine.from_pretrained(model_dir, "cpu").generate([[{"role": "user", "content": "The cat"}]], SETTINGS)
     assert capsys.readouterr().out == expected[0].text + "\n"
 
 

@@ -14,9 +14,7 @@ from minimoe.model.losses import IGNORE_INDEX
 @pytest.fixture
 def open_texts(write_jsonl, data_config, tiny_tokenizer):
     def run(count=60, stage="pretrain", seed=0, name="rows.jsonl", **values):
-        rows = [
-            {"text": f"story {number} of a cat and a boat " * (1 + number % 3)} for number in range(count)
-        ]
+        rows = [{"text": f"story {number} of a cat and a boat " * (1 + number % 3)} for number in range(count)]
         if stage == "sft":
             rows = [{"prompt": "Hi", "completion": row["text"][:20]} for row in rows]
         return open_data(data_config(str(write_jsonl(rows, name)), **values), tiny_tokenizer, stage, seed)
@@ -114,9 +112,7 @@ def test_the_split_is_seeded_stable_and_never_empty(data_config):
 
     for fraction in (0.001, 0.5, 0.999):
         for count in (2, 3):
-            train, held = split_documents(
-                [count], data.model_copy(update={"validation_fraction": fraction}), 0
-            )
+            train, held = split_documents([count], data.model_copy(update={"validation_fraction": fraction}), 0)
             assert len(train[0]) >= 1
             assert len(held[0]) >= 1
     assert [len(part[0]) for part in split_documents([1], data, 0)] == [1, 0]

@@ -5,9 +5,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import relative_error
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from minimoe.model.losses import IGNORE_INDEX, expert_counts, load_balancing_loss, next_token_loss, router_z_loss
+from minimoe.model.losses import (
+    IGNORE_INDEX,
+    expert_counts,
+    fused_next_token_loss,
+    load_balancing_loss,
+    next_token_loss,
+    router_z_loss,
+)
 
 
 def test_next_token_loss_is_the_mean_cross_entropy_of_the_targets_that_count():
@@ -85,3 +93,29 @@ def test_padding_counts_in_no_router_term():
 def test_the_router_z_loss_is_the_mean_squared_log_sum_exp():
     logits = torch.zeros(3, 4)
     assert router_z_loss(logits).item() == pytest.approx(math.log(4) ** 2)
+
+
+# float32: sums of 300 products in another order. bf16: probabilities rounded to 8 bits before the products.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_fused_loss_equals_the_plain_one_in_value_and_gradients(dtype, tolerance):
+    torch.manual_seed(0)
+    targets = torch.randint(0, 300, (2500,))
+    targets[::3] = IGNORE_INDEX
+    results = []
+    for fused in (True, False):
+        hidden = torch.randn(2500, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        weight = torch.randn(300, 16, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        if fused:
+            loss = fused_next_token_loss(hidden, weight, targets, 5000)
+        else:
+            loss = next_token_loss(hidden @ weight.T, targets, 5000)
+        (3 * loss).backward()
+        results.append((loss, hidden.grad, weight.grad))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert relative_error(actual, expected) < tolerance
+
+
+def test_the_fused_loss_is_finite_for_a_target_that_is_all_but_impossible():
+    hidden, weight = torch.tensor([[100.0]]), torch.tensor([[1.0], [-1.0]])
+    assert fused_next_token_loss(hidden, weight, torch.tensor([1])).item() == pytest.approx(200.0)

@@ -6,8 +6,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import relative_error, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from minimoe import MiniMoeConfig, MiniMoeForCausalLM
 from minimoe.model.losses import IGNORE_INDEX
@@ -16,8 +22,9 @@ from minimoe.model.losses import IGNORE_INDEX
 # Float32 logits of magnitude 1 to 10 through 2 layers; orders of summation differ.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SHAPES = (
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
-    "moe_intermediate_size num_experts_per_tok max_position_embeddings rms_norm_eps tie_word_embeddings norm_topk_prob"
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "intermediate_size moe_intermediate_size num_experts_per_tok max_position_embeddings rms_norm_eps "
+    "tie_word_embeddings norm_topk_prob"
 ).split()
 
 
@@ -76,7 +83,9 @@ def test_logits_equal_glm4_moe_with_sigmoid_router_bias_shared_expert_and_dense_
     torch.testing.assert_close(model(input_ids).logits, reference.eval()(input_ids).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"scoring_func": "sigmoid", "n_shared_experts": 1, "first_k_dense_replace": 1}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"scoring_func": "sigmoid", "n_shared_experts": 1, "first_k_dense_replace": 1}]
+)
 def test_a_saved_model_comes_back_through_auto_classes_with_the_same_logits(tmp_path, overrides):
     model = tiny_model(**overrides).eval()
     input_ids = torch.randint(1, 97, (2, 9))
@@ -172,7 +181,9 @@ def test_padding_on_either_side_does_not_change_real_tokens(side, use_cache, att
     mask = torch.cat([torch.full_like(ids, value) for ids, value in pieces], dim=1)
     other = torch.randint(1, 97, (1, 13))
     logits = model(
-        torch.cat((input_ids, other)), attention_mask=torch.cat((mask, torch.ones_like(other))), use_cache=use_cache
+        torch.cat((input_ids, other)),
+        attention_mask=torch.cat((mask, torch.ones_like(other))),
+        use_cache=use_cache,
     ).logits
     torch.testing.assert_close(logits[:1][mask.bool()], model(prompt).logits[0], **CLOSE)
     torch.testing.assert_close(logits[1:], model(other).logits, **CLOSE)
@@ -277,7 +288,11 @@ def test_optional_outputs_follow_transformers():
 
 
 @pytest.mark.parametrize(
-    "rope", [{"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}, {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}]
+    "rope",
+    [
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0},
+    ],
 )
 def test_rope_scaling_types_of_transformers_work_and_survive_a_reload(tmp_path, rope):
     model = tiny_model(rope_parameters=rope).eval()

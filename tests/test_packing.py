@@ -54,9 +54,7 @@ def assert_rows_equal(row: PackedRow, expected: PackedRow) -> None:
 
 def tokens_of(documents: Documents, index: int):
     tokens, learned = documents.read(index, 0, int(documents.lengths[index]))
-    return list(
-        zip(tokens.tolist(), [True] * len(tokens) if learned is None else learned.tolist(), strict=True)
-    )
+    return list(zip(tokens.tolist(), [True] * len(tokens) if learned is None else learned.tolist(), strict=True))
 
 
 LENGTHS = [2, 30, 3, 8, 1, 17, 5, 5, 2, 9]

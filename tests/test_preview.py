@@ -13,9 +13,7 @@ TRAIN = {"max_steps": 1}
 
 
 def show(config, count=2, colour=False) -> str:
-    console = Console(
-        file=io.StringIO(), force_terminal=colour, color_system="standard" if colour else None, width=200
-    )
+    console = Console(file=io.StringIO(), force_terminal=colour, color_system="standard" if colour else None, width=200)
     preview.run(config, count, console)
     return console.file.getvalue()
 
@@ -42,9 +40,7 @@ def test_learned_tokens_are_coloured_and_masked_ones_dim(sft_run):
     question, answer = shown.plain.index("<|im_start|>user"), shown.plain.index("On the")
     end = shown.plain.index("<|im_end|>", answer) + len("<|im_end|>")
     styles = [shown.get_style_at_offset(Console(), offset) for offset in range(question, end)]
-    styles = [
-        style for style, letter in zip(styles, shown.plain[question:end], strict=True) if letter != "\n"
-    ]
+    styles = [style for style, letter in zip(styles, shown.plain[question:end], strict=True) if letter != "\n"]
     border = len(styles) - (end - answer)  # the answer has no line break
     assert all(style.dim and style.color is None for style in styles[:border])
     assert all(style.color is not None and not style.dim for style in styles[border:])

@@ -125,9 +125,7 @@ def test_no_held_out_combination_occurs_in_training(files, training_texts):
 
 def test_no_held_out_operand_pair_occurs_in_training_whatever_order_and_operation(files, training_texts):
     held_out = {
-        frozenset((row["check"]["a"], row["check"]["b"]))
-        for row in files["test"]
-        if row["task"] == "arithmetic"
+        frozenset((row["check"]["a"], row["check"]["b"])) for row in files["test"] if row["task"] == "arithmetic"
     }
     for text in training_texts:
         assert not {frozenset(map(int, pair)) for pair in TWO_NUMBERS.findall(text)} & held_out
@@ -166,9 +164,7 @@ def test_the_words_of_the_world_stand_for_facts_only():
     """Taken out of its facts, a pattern mentions no name, trait, object, colour or place."""
     facts = [*NAMES, *PLACES, *story_world.TRAITS, *story_world.OBJECTS, *story_world.COLOURS]
     assert len(facts) == len(set(facts))
-    beats = (
-        "OPENINGS HABITS WANTS WRONG_TURNS CLUES OBSTACLE_SCENES FEELINGS HELPS IDEAS FINDS THANKS ENDINGS"
-    )
+    beats = "OPENINGS HABITS WANTS WRONG_TURNS CLUES OBSTACLE_SCENES FEELINGS HELPS IDEAS FINDS THANKS ENDINGS"
     beats += " MORALS REASONS"
     patterns = [pattern for beat in beats.split() for pattern in getattr(story_world, beat)]
     for obstacle in story_world.OBSTACLES:
@@ -209,9 +205,7 @@ def test_stories_are_well_formed():
     for story in stories(500):
         assert 60 <= len(story.text.split()) <= 165
         assert story.text.count('"') % 2 == 0
-        assert not re.search(
-            r"[{}()|]|  |\ba [aeiou]|\ban [^aeiou]|[.!?] [a-z]|\.\.", story.text.replace('" ', "")
-        )
+        assert not re.search(r"[{}()|]|  |\ba [aeiou]|\ban [^aeiou]|[.!?] [a-z]|\.\.", story.text.replace('" ', ""))
         pronoun, wrong = (("he", "she"), ("she", "he"))[story.facts.hero.he == "she"]
         words = re.findall(r"\w+", story.text.lower())
         assert pronoun in words

@@ -69,9 +69,7 @@ def test_a_long_txt_file_is_cut_at_line_breaks_and_nothing_is_lost(tmp_path):
     assert all(len(piece) <= 64 * 1024 and piece.endswith("\n") for piece in pieces)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "short", "a b " * 100, "x" * 95, "é\n" * 50, "\n" * 30, " " * 30 + "\n" * 7]
-)
+@pytest.mark.parametrize("text", ["", "short", "a b " * 100, "x" * 95, "é\n" * 50, "\n" * 30, " " * 30 + "\n" * 7])
 def test_cut_pieces_join_to_the_text_and_respect_the_limit(text):
     pieces = list(cut_text(text, 10))
     assert "".join(pieces) == text

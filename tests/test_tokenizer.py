@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from minimoe import tokenizer as tok
 from minimoe.config import TokenizerRun
 from minimoe.errors import UserError
+from minimoe.train import tokenizer as train_tokenizer
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -32,9 +33,7 @@ def make_run(tmp_path: Path):
     def make(path: Path, **values) -> TokenizerRun:
         section = {"vocab_size": 320, **values}
         data = {"train": str(path), "cache_dir": str(tmp_path)}
-        return TokenizerRun.model_validate(
-            {"output_dir": str(tmp_path / "out"), "tokenizer": section, "data": data}
-        )
+        return TokenizerRun.model_validate({"output_dir": str(tmp_path / "out"), "tokenizer": section, "data": data})
 
     return make
 
@@ -64,7 +63,7 @@ def test_all_bytes_and_special_tokens_are_in_the_vocabulary(tiny_tokenizer):
 def test_a_training_run_saves_a_folder_that_autotokenizer_opens(make_run, write_jsonl, capsys):
     from transformers import AutoTokenizer
 
-    folder = tok.run(make_run(write_jsonl([{"text": "the cat and the hat"}] * 9)))
+    folder = train_tokenizer.run(make_run(write_jsonl([{"text": "the cat and the hat"}] * 9)))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         tok.END_OF_TEXT,
@@ -81,14 +80,14 @@ def test_a_training_run_saves_a_folder_that_autotokenizer_opens(make_run, write_
 
 def test_merges_are_learned_from_at_most_max_training_bytes(make_run, write_jsonl):
     path = write_jsonl([{"text": "zq " * 20}, {"text": "the cat " * 20}])
-    tokenizer = tok.load_tokenizer(tok.run(make_run(path, max_training_bytes=60)))
+    tokenizer = tok.load_tokenizer(train_tokenizer.run(make_run(path, max_training_bytes=60)))
     assert "zq" in tokenizer.get_vocab()
     assert "cat" not in tokenizer.get_vocab()
 
 
 def test_conversations_contribute_their_contents_to_the_tokenizer(make_run, write_jsonl):
     path = write_jsonl([{"messages": [{"role": "user", "content": "zqzq zqzq zqzq"}]}] * 3)
-    assert "zqzq" in tok.load_tokenizer(tok.run(make_run(path))).get_vocab()
+    assert "zqzq" in tok.load_tokenizer(train_tokenizer.run(make_run(path))).get_vocab()
 
 
 @pytest.mark.parametrize("name", ["missing_folder", "./x", "/no/such/tokenizer"])
@@ -187,13 +186,9 @@ def test_a_prompt_is_a_prefix_of_its_conversation(tiny_tokenizer, answer):
 
 def test_a_template_without_generation_marks_can_prompt_but_not_teach(tiny_tokenizer_dir):
     tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     messages = [{"role": "user", "content": "Hi"}]
-    assert tok.encode_prompt(tokenizer, messages) == tokenizer.apply_chat_template(
-        messages, return_dict=False
-    )
+    assert tok.encode_prompt(tokenizer, messages) == tokenizer.apply_chat_template(messages, return_dict=False)
     with pytest.raises(UserError, match="generation"):
         tok.encode_chat(tokenizer, messages)
 

@@ -117,9 +117,7 @@ def _encode_pretrain(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Encode
             num_bytes.append(len(tokenizer.decode(body).encode()))
         ids += [boundary, *body, boundary]
         lengths.append(len(body) + 2)
-    return Encoded(
-        np.array(ids, np.uint32), None, np.array(lengths, np.int64), np.array(num_bytes, np.int64), 0, 0
-    )
+    return Encoded(np.array(ids, np.uint32), None, np.array(lengths, np.int64), np.array(num_bytes, np.int64), 0, 0)
 
 
 def _encode_sft(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Encoded:

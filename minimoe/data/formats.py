@@ -132,9 +132,7 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
             document = to_document(row, source)
         except BadRow as bad:
             if data.on_bad_rows == "error":
-                raise UserError(
-                    bad.what, where=bad.place, mend="mend the row, or set data.on_bad_rows: skip"
-                ) from None
+                raise UserError(bad.what, where=bad.place, mend="mend the row, or set data.on_bad_rows: skip") from None
             counts.bad_rows += 1
             continue
         pieces = cut_text(document) if isinstance(document, str) else [document]
@@ -162,9 +160,7 @@ def to_document(row: Row, source: SourceConfig) -> Document:
     name = source.format if source.format != "auto" else detect_format(values)
     try:
         if name is None:
-            raise BadRow(
-                f"columns {sorted(values)} fit no format ({', '.join(FORMATS)}); is text_column missing?"
-            )
+            raise BadRow(f"columns {sorted(values)} fit no format ({', '.join(FORMATS)}); is text_column missing?")
         return FORMATS[name](values)
     except BadRow as bad:
         raise BadRow(bad.what, row.place) from None
@@ -174,9 +170,7 @@ def document_texts(document: Document) -> list[str]:
     """The texts a document holds, without markup."""
     if isinstance(document, str):
         return [document]
-    return [
-        message[key] for message in document for key in ("reasoning_content", "content") if message.get(key)
-    ]
+    return [message[key] for message in document for key in ("reasoning_content", "content") if message.get(key)]
 
 
 def _string(values: Mapping[str, Any], name: str) -> str:
@@ -213,9 +207,7 @@ def _checked(turns: list[Any]) -> list[Message]:
         role = message["role"]
         if role not in NEXT_ROLES[previous]:
             after = f"after {previous}" if previous else "first"
-            raise BadRow(
-                f"message {number}: role {role} {after}; allowed is {' or '.join(NEXT_ROLES[previous])}"
-            )
+            raise BadRow(f"message {number}: role {role} {after}; allowed is {' or '.join(NEXT_ROLES[previous])}")
         result.append(message)
         previous = role
     if not result:
@@ -259,14 +251,10 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
             function = call.get("function") or call
             arguments = function.get("arguments") or {}
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            calls.append(
-                {"type": "function", "function": {"name": _string(function, "name"), "arguments": arguments}}
-            )
+            calls.append({"type": "function", "function": {"name": _string(function, "name"), "arguments": arguments}})
         json.dumps(calls, ensure_ascii=False).encode()  # half an emoji in there is a ValueError as well
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise BadRow(
-            f"tool_calls is {_shorten(value)}; a list of calls with name and arguments is needed"
-        ) from None
+        raise BadRow(f"tool_calls is {_shorten(value)}; a list of calls with name and arguments is needed") from None
     return calls
 
 

@@ -190,9 +190,7 @@ def open_validation(
     sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
 ) -> Validation:
     """Every document of the sources, for `minimoe evaluate`; `data` gives sequence length and cache."""
-    return _open_validation(
-        sources, data.model_copy(update={"max_validation_documents": None}), tokenizer, stage
-    )[0]
+    return _open_validation(sources, data.model_copy(update={"max_validation_documents": None}), tokenizer, stage)[0]
 
 
 def _open_validation(

@@ -135,9 +135,7 @@ class WholePacking:
         row_of = best_fit(documents.lengths[order].tolist(), sequence_length)
         self.num_rows = max(row_of, default=-1) + 1
         self._documents = order[np.argsort(row_of, kind="stable")]
-        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=self.num_rows))]).astype(
-            np.int64
-        )
+        self._bounds = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=self.num_rows))]).astype(np.int64)
         self._cached_epoch = -1
 
     def row(self, epoch: int, index: int) -> PackedRow:

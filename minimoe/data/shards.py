@@ -54,9 +54,7 @@ class Corpus:
         return len(self.num_bytes)
 
 
-def prepare(
-    source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
-) -> Corpus:
+def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> Corpus:
     """Open the source's shard, building it first if it is not in the cache.
 
     Raises:
@@ -84,14 +82,10 @@ def prepare(
     return _open(folder, fingerprint, len(tokenizer))
 
 
-def _fingerprint(
-    source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
-) -> str:
+def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> str:
     """Hash of contents, tokenizer and every setting that decides the shard."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = (
-        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = {
         "version": _VERSION,
         "source": sources.fingerprint(source),
@@ -104,9 +98,7 @@ def _fingerprint(
         "max_documents": data.max_documents,
         "on_bad_rows": data.on_bad_rows,
     }
-    return hashlib.blake2b(
-        json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16
-    ).hexdigest()
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def _open(folder: Path, fingerprint: str, vocab_size: int) -> Corpus:

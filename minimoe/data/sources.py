@@ -73,9 +73,7 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
                     row = Row({source.text_column: row.values["text"]}, row.place)
                 yield row
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(
-                f"cannot read {path}: {error}", mend="check the file's permissions and contents"
-            ) from None
+            raise UserError(f"cannot read {path}: {error}", mend="check the file's permissions and contents") from None
 
 
 def list_files(path: str) -> list[Path]:
@@ -84,15 +82,11 @@ def list_files(path: str) -> list[Path]:
     root = Path(path).expanduser()
     if root.is_file():
         if _suffix(root) not in READERS:
-            raise UserError(
-                f"unknown kind of data file: {root}", mend=f"known are {kinds}, and .gz of the text kinds"
-            )
+            raise UserError(f"unknown kind of data file: {root}", mend=f"known are {kinds}, and .gz of the text kinds")
         return [root]
     if root.is_dir():
         found = [
-            file
-            for file in root.rglob("*")
-            if not any(part.startswith(".") for part in file.relative_to(root).parts)
+            file for file in root.rglob("*") if not any(part.startswith(".") for part in file.relative_to(root).parts)
         ]
     else:
         found = [Path(name) for name in glob.glob(str(root), recursive=True)]
@@ -103,9 +97,7 @@ def list_files(path: str) -> list[Path]:
             )
     files = sorted(file for file in found if file.is_file() and _suffix(file) in READERS)
     if not files:
-        raise UserError(
-            f"no data files in {path}", mend=f"known kinds are {kinds}, and .gz of the text kinds"
-        )
+        raise UserError(f"no data files in {path}", mend=f"known kinds are {kinds}, and .gz of the text kinds")
     return files
 
 
@@ -170,9 +162,7 @@ def _decode(raw: bytes, place: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRow(
-            f"invalid UTF-8: byte {raw[error.start]:#04x} at column {error.start + 1}", place
-        ) from None
+        raise BadRow(f"invalid UTF-8: byte {raw[error.start]:#04x} at column {error.start + 1}", place) from None
 
 
 def _read_txt(path: Path) -> Iterator[Row | BadRow]:
@@ -220,9 +210,7 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
     try:
         values = _parse_json(_decode(raw, str(path)), str(path))
     except BadRow as bad:
-        raise UserError(
-            bad.what, where=bad.place, mend="mend the file: a broken list has no rows to skip"
-        ) from None
+        raise UserError(bad.what, where=bad.place, mend="mend the file: a broken list has no rows to skip") from None
     for number, value in enumerate(values, 1):
         try:
             yield _as_row(value, f"{path}, item {number}")
@@ -281,9 +269,7 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
                 number += 1
                 place = f"{path}, row {number}"
                 try:
-                    values = {
-                        name: batch.column(i)[index].as_py() for i, name in enumerate(batch.schema.names)
-                    }
+                    values = {name: batch.column(i)[index].as_py() for i, name in enumerate(batch.schema.names)}
                 except UnicodeDecodeError:
                     yield BadRow("invalid UTF-8", place)
                 else:
@@ -305,9 +291,7 @@ def _load_hub(source: SourceConfig) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(
-            source.hub, name=source.subset, split=source.split, streaming=source.streaming
-        )
+        return datasets.load_dataset(source.hub, name=source.subset, split=source.split, streaming=source.streaming)
     except Exception as error:  # a dozen kinds: unknown name, no network, unknown subset or split, gated
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -91,9 +91,7 @@ class PreallocatedCache(DynamicCache):
         An interrupted forward pass leaves the first layers longer than the last ones: the shortest decides. A
         layer that cannot go back (sliding window, linear attention) makes the whole cache start over.
         """
-        lengths = [
-            layer.get_seq_length() if isinstance(layer, PreallocatedLayer) else 0 for layer in self.layers
-        ]
+        lengths = [layer.get_seq_length() if isinstance(layer, PreallocatedLayer) else 0 for layer in self.layers]
         length = min([length, *lengths])
         if length == 0:
             self.reset()

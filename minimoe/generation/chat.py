@@ -17,9 +17,7 @@ from minimoe.generation.generate import dim, speed
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
-def run(
-    model_dir: str | Path, settings: GenerationSection, *, device: str = "auto", system: str | None = None
-) -> None:
+def run(model_dir: str | Path, settings: GenerationSection, *, device: str = "auto", system: str | None = None) -> None:
     """Open the model and chat until `/exit` or the end of input."""
     Chat(Engine.from_pretrained(model_dir, device), settings, system).loop()
 

@@ -70,9 +70,7 @@ class Engine:
         self.end_ids = _end_ids(model, tokenizer, self._boundary)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None
-    ) -> Engine:
+    def from_pretrained(cls, path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> Engine:
         """Open a model folder; see `load_model`."""
         return cls(*load_model(path, device, dtype))
 
@@ -95,9 +93,7 @@ class Engine:
             ids = [] if self._boundary is None else [self._boundary]
             ids += encode_text(self.tokenizer, prompt)
         if not ids:
-            raise UserError(
-                "the prompt is empty, and this tokenizer has no document-start token", mend="give a prompt"
-            )
+            raise UserError("the prompt is empty, and this tokenizer has no document-start token", mend="give a prompt")
         if len(ids) >= self.context_length:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's context is {self.context_length} tokens",
@@ -189,13 +185,9 @@ class Session:
         engine = self._engine
         ids = engine.encode(prompt, settings.chat)
         if self._cache is None:
-            self._cache = PreallocatedCache(
-                engine.model.config, min(2 * len(ids) + 256, engine.context_length)
-            )
+            self._cache = PreallocatedCache(engine.model.config, min(2 * len(ids) + 256, engine.context_length))
         cached = [] if self._row is None else [*self._row.prompt, *self._row.new_ids]
-        common = next(
-            (i for i, pair in enumerate(zip(ids, cached, strict=False)) if pair[0] != pair[1]), len(cached)
-        )
+        common = next((i for i, pair in enumerate(zip(ids, cached, strict=False)) if pair[0] != pair[1]), len(cached))
         # The last token is always fed again: its logits are what the answer starts from.
         self.reused_tokens = self._cache.truncate(min(common, len(ids) - 1))
         self._row = engine._row(ids, settings)
@@ -253,6 +245,4 @@ def _end_ids(model: Any, tokenizer: Any, boundary: int | None) -> frozenset[int]
     config = getattr(model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
     ids = listed if isinstance(listed, (list, tuple)) else [listed]
-    return frozenset(
-        int(token_id) for token_id in (*ids, tokenizer.eos_token_id, boundary) if token_id is not None
-    )
+    return frozenset(int(token_id) for token_id in (*ids, tokenizer.eos_token_id, boundary) if token_id is not None)

@@ -105,11 +105,7 @@ def _print_all(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSe
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
         print(f"--- {number}/{len(prompts)} ---")
         question = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
-        print(
-            f"{question}{completion.text}"
-            if _reads_on(prompt, settings)
-            else f"> {question}\n{completion.text}"
-        )
+        print(f"{question}{completion.text}" if _reads_on(prompt, settings) else f"> {question}\n{completion.text}")
     total = sum(completion.new_tokens for completion in completions)
     dim(f"{len(completions)} completions, {total} tokens")
 
@@ -158,6 +154,4 @@ def _decode_text(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"not UTF-8 text: byte {error.start}", where=where, mend="convert it to UTF-8"
-        ) from None
+        raise UserError(f"not UTF-8 text: byte {error.start}", where=where, mend="convert it to UTF-8") from None

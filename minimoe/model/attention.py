@@ -50,25 +50,29 @@ class MiniMoeRotaryEmbedding(nn.Module):
 
     def __init__(self, config: MiniMoeConfig) -> None:
         super().__init__()
+        assert config.rope_parameters is not None  # filled in by the config
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         scaled = self.rope_type != "default"
         init = ROPE_INIT_FUNCTIONS[self.rope_type] if scaled else self.compute_default_rope_parameters
-        inv_freq, self.attention_scaling = init(config)
+        inv_freq, scaling = init(config)
+        self.attention_scaling: float = scaling
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: MiniMoeConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
         """(inverse frequencies (d/2,), scaling 1)."""
+        assert config.head_dim is not None
+        assert config.rope_parameters is not None
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (B, S) -> cos, sin (B, S, d) in the dtype of x."""
+        """position_ids (B, S) -> cos, sin (B, S, d) in float32; x only tells the device."""
         angles = position_ids[..., None].float() * self.inv_freq.float()  # (B, S, d/2)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
@@ -89,6 +93,7 @@ class MiniMoeAttention(nn.Module):
     def __init__(self, config: MiniMoeConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
+        assert config.head_dim is not None  # filled in by the config
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -120,19 +125,26 @@ class MiniMoeAttention(nn.Module):
             past_key_values: keys and values of earlier positions; updated in place.
         """
         batch, sequence, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(batch, sequence, -1, self.head_dim)), *position_embeddings)
-        k = rotate(self.k_norm(self.k_proj(x).view(batch, sequence, -1, self.head_dim)), *position_embeddings)
-        v = self.v_proj(x).view(batch, sequence, -1, self.head_dim)  # (B, S, K, d)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, d)
+        heads = (batch, sequence, -1, self.head_dim)
+        # Norm and rotation in float32, and one rounding after both.
+        q = rotate(self.q_norm(self.q_proj(x).view(heads).float()), *position_embeddings)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads).float()), *position_embeddings)
+        v = self.v_proj(x).view(heads)  # (B, S, K, d)
+        # A CPU attends no faster in bf16, and its backward is slower: under autocast attention stays in float32.
+        dtype = torch.float32 if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else v.dtype
+        q, k, v = (y.to(dtype).transpose(1, 2) for y in (q, k, v))  # (B, heads, S, d)
         keys, values = (k, v) if past_key_values is None else past_key_values.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
-        if documents is not None:
-            out, probabilities = self._attend_within_documents(q, k, v, documents, dropout), None
-        else:
-            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-            out, probabilities = attend(
-                self, q, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )  # (B, S, H, d)
+        with torch.autocast(x.device.type, enabled=False):
+            if documents is not None:
+                out, probabilities = self._attend_within_documents(q, k, v, documents, dropout), None
+            else:
+                attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                    self.config._attn_implementation, eager_attention
+                )
+                out, probabilities = attend(
+                    self, q, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+                )  # (B, S, H, d)
         return self.o_proj(out.reshape(batch, sequence, -1)), probabilities
 
     def _attend_within_documents(
@@ -141,16 +153,20 @@ class MiniMoeAttention(nn.Module):
         """(B, heads, S, d) each -> (B, S, H, d): one causal attention call per document of the stream."""
         batch, heads, sequence, head_dim = q.shape
         # `split`, because its backward is one concatenation; slices would each allocate a full gradient.
-        streams = [x.transpose(1, 2).reshape(1, batch * sequence, -1, head_dim).split(documents, dim=1) for x in (q, k, v)]
+        streams = [
+            x.transpose(1, 2).reshape(1, batch * sequence, -1, head_dim).split(documents, dim=1) for x in (q, k, v)
+        ]
         outputs = [
             F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in document),  # (1, heads, n, d)
+                query.transpose(1, 2),  # (1, H, n, d)
+                key.transpose(1, 2),
+                value.transpose(1, 2),
                 is_causal=True,
                 dropout_p=dropout,
                 scale=self.scaling,
                 enable_gqa=self.num_key_value_groups > 1,
             ).transpose(1, 2)  # (1, n, H, d)
-            for document in zip(*streams, strict=True)
+            for query, key, value in zip(*streams, strict=True)
         ]
         return torch.cat(outputs, dim=1).view(batch, sequence, heads, head_dim)
 
@@ -175,7 +191,9 @@ def eager_attention(
     return (probabilities @ v).transpose(1, 2), probabilities
 
 
-def document_lengths(position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]) -> DocumentLengths | None:
+def document_lengths(
+    position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]
+) -> DocumentLengths | None:
     """Where packed documents and padding begin, from positions that restart and a padding mask.
 
     A document starts at column 0, wherever a position is not its left neighbour's plus one, and wherever padding

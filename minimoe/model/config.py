@@ -15,9 +15,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Written into config.json by transformers or accepted by every config, beside the declared fields.
 _FOREIGN_KEYS = frozenset(
-    "model_type auto_map architectures transformers_version torch_dtype _name_or_path name_or_path _commit_hash num_labels "
-    "attn_implementation _attn_implementation _attn_implementation_internal experts_implementation "
-    "_experts_implementation_internal output_attentions rope_theta rope_scaling partial_rotary_factor".split()
+    "model_type auto_map architectures transformers_version torch_dtype _name_or_path name_or_path "
+    "_commit_hash num_labels attn_implementation _attn_implementation _attn_implementation_internal "
+    "experts_implementation _experts_implementation_internal output_attentions rope_theta rope_scaling "
+    "partial_rotary_factor".split()
+)
+
+_AT_LEAST_ONE = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
+    "max_position_embeddings num_experts num_experts_per_tok moe_intermediate_size".split()
+)
+_NOT_NEGATIVE = (
+    "n_shared_experts first_k_dense_replace attention_dropout router_aux_loss_coef router_z_loss_coef "
+    "router_bias_update_rate".split()
 )
 
 
@@ -34,7 +44,10 @@ class MiniMoeConfig(PreTrainedConfig):
 
     model_type = "minimoe"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts", "n_routed_experts": "num_experts"}
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_local_experts": "num_experts",
+        "n_routed_experts": "num_experts",
+    }
     auto_map: ClassVar[dict[str, str]] = {}
 
     vocab_size: int = 6400
@@ -108,17 +121,11 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
     if problems:
         return problems
 
-    get = {name: field.default for name, field in fields.items()} | dict(values)
-    for key in (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
-        "max_position_embeddings num_experts num_experts_per_tok moe_intermediate_size"
-    ).split():
+    get: dict[str, Any] = {name: field.default for name, field in fields.items()} | dict(values)
+    for key in _AT_LEAST_ONE:
         if get[key] < 1:
             problems[key] = f"must be at least 1, got {get[key]}"
-    for key in (
-        "n_shared_experts first_k_dense_replace attention_dropout router_aux_loss_coef router_z_loss_coef "
-        "router_bias_update_rate"
-    ).split():
+    for key in _NOT_NEGATIVE:
         if get[key] < 0:
             problems[key] = f"must not be negative, got {get[key]}"
     for key in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
@@ -129,7 +136,8 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
 
     if get["head_dim"] is None and get["hidden_size"] % get["num_attention_heads"]:
         problems["num_attention_heads"] = (
-            f"{get['num_attention_heads']} heads do not divide hidden_size {get['hidden_size']}; set head_dim or change one"
+            f"{get['num_attention_heads']} heads do not divide hidden_size {get['hidden_size']}; "
+            "set head_dim or change one"
         )
     elif (get["head_dim"] or get["hidden_size"] // get["num_attention_heads"]) % 2:
         problems["head_dim"] = "must be even, rotary embeddings turn pairs"
@@ -149,7 +157,9 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
         problems["attention_dropout"] = f"must be below 1, got {get['attention_dropout']}"
     rope_type = (get["rope_parameters"] or {}).get("rope_type", "default")
     if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-        problems["rope_parameters"] = f"unknown rope_type {rope_type!r}, known: default, {', '.join(ROPE_INIT_FUNCTIONS)}"
+        problems["rope_parameters"] = (
+            f"unknown rope_type {rope_type!r}, known: default, {', '.join(ROPE_INIT_FUNCTIONS)}"
+        )
     problems.update(_dispatch_problems(get))
     return problems
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -30,8 +33,16 @@ from minimoe.model.attention import (
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.experts import Experts
 from minimoe.model.feed_forward import SwiGLU
-from minimoe.model.losses import IGNORE_INDEX, expert_counts, load_balancing_loss, next_token_loss, router_z_loss
+from minimoe.model.losses import (
+    IGNORE_INDEX,
+    expert_counts,
+    fused_next_token_loss,
+    load_balancing_loss,
+    next_token_loss,
+    router_z_loss,
+)
 from minimoe.model.moe import MoEFeedForward
+from minimoe.model.precision import to_compute_dtype
 from minimoe.model.router import RouterOutput, TopKRouter
 
 
@@ -48,8 +59,11 @@ class MiniMoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, RouterOutput | None]:
         """x (B, S, D) -> (B, S, D) and the router's decision; None in a dense layer."""
-        x = x + self.self_attn(self.input_layernorm(x), **kwargs)[0]
-        y = self.mlp(self.post_attention_layernorm(x))
+        # Cast once here: under autocast, every projection would cast its input again.
+        (normed,) = to_compute_dtype(self.input_layernorm(x))
+        x = x + self.self_attn(normed, **kwargs)[0]
+        (normed,) = to_compute_dtype(self.post_attention_layernorm(x))
+        y = self.mlp(normed)
         y, routing = y if isinstance(y, tuple) else (y, None)
         return x + y, routing
 
@@ -325,19 +339,18 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         targets = labels[:, 1:].flatten()
         num_targets = (targets != IGNORE_INDEX).sum()
         num_items = num_targets if num_items_in_batch is None else num_items_in_batch
-        if result.logits is None or result.logits.shape[1] != labels.shape[1]:
+        if result.logits is not None and result.logits.shape[1] == labels.shape[1]:
+            result.lm_loss = next_token_loss(result.logits[:, :-1].flatten(0, 1), targets, num_items)
+        else:
             learned = (targets != IGNORE_INDEX).nonzero().flatten()
             chosen = hidden[:, :-1].flatten(0, 1).index_select(0, learned)  # (N, D)
-            logits, targets = self.lm_head(chosen), targets[learned]
-        else:
-            logits = result.logits[:, :-1].flatten(0, 1)
-        result.lm_loss = next_token_loss(logits, targets, num_items)
+            result.lm_loss = fused_next_token_loss(chosen, self.lm_head.weight, targets[learned], num_items)
         # The router terms are means over this call's tokens; weigh them by its share of the step.
         share = num_targets / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
-        config = self.config
-        result.loss = result.lm_loss + share * (
-            config.router_aux_loss_coef * result.load_balancing_loss + config.router_z_loss_coef * result.router_z_loss
-        )
+        assert result.load_balancing_loss is not None
+        assert result.router_z_loss is not None
+        balance = self.config.router_aux_loss_coef * result.load_balancing_loss
+        result.loss = result.lm_loss + share * (balance + self.config.router_z_loss_coef * result.router_z_loss)
 
 
 def register() -> None:

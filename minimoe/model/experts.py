@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minimoe.model.config import MiniMoeConfig
+from minimoe.model.precision import to_compute_dtype
 
 
 class Experts(nn.Module):
@@ -39,7 +40,7 @@ class Experts(nn.Module):
         Returns:
             (N, D) in the computing dtype (autocast's, if on).
         """
-        rows, gate_up, down = _autocast(rows, self.gate_up_proj, self.down_proj)
+        rows, gate_up, down = to_compute_dtype(rows, self.gate_up_proj, self.down_proj)
         return _GroupedSwiGLU.apply(rows, gate_up, down, ends.tolist())
 
     def unstacked(self) -> list[tuple[Tensor, Tensor]]:
@@ -51,15 +52,6 @@ def swiglu(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """One expert on its rows: (n, D), (2I, D), (D, I) -> (n, D)."""
     gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    # torch.autocast does not look inside an autograd.Function.
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -85,7 +77,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         rows, gate_up, down, hidden = ctx.saved_tensors
         width = down.shape[2]
         grad_out = grad_out.contiguous()
@@ -119,7 +111,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
 def _groups(ends: list[int]) -> list[tuple[int, slice]]:
     """(expert, its rows) of every expert that has rows; ends [6, 6, 20] -> (0, 0:6), (2, 6:20)."""
     starts = [0, *ends[:-1]]
-    return [(expert, slice(start, end)) for expert, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < end]
+    return [
+        (expert, slice(start, end)) for expert, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < end
+    ]
 
 
 def _idle(ends: list[int]) -> list[int]:

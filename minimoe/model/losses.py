@@ -8,11 +8,17 @@ sequence-wise form, ST-MoE (arXiv 2202.08906) for the z-loss.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minimoe.model.precision import to_compute_dtype
 
 IGNORE_INDEX = -100  # label of positions that are not learned; torch's and transformers' convention
+_CHUNK_ROWS = 256  # rows of logits held at once by `fused_next_token_loss`
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, num_targets: Tensor | int | None = None) -> Tensor:
@@ -31,6 +37,62 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_targets: Tensor | int |
         num_targets = (targets != IGNORE_INDEX).sum()
     total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1)
+
+
+def fused_next_token_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, num_targets: Tensor | int | None = None
+) -> Tensor:
+    """`next_token_loss(hidden @ weight.T, targets, num_targets)` without ever holding the logits (N, V).
+
+    Rows are taken in chunks that stay in the cache; each chunk's gradient is computed on the spot, while its
+    probabilities are at hand, so backward only scales.
+
+    Args:
+        hidden: (N, D) states, of the positions that are learned or not.
+        weight: (V, D) of the language-model head.
+    """
+    if num_targets is None:
+        num_targets = (targets != IGNORE_INDEX).sum()
+    total = _LinearCrossEntropy.apply(*to_compute_dtype(hidden, weight), targets)
+    return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies in float32; products in the dtype of `hidden`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs_grad = any(ctx.needs_input_grad)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        for start in range(0, hidden.shape[0], _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            chunk, target = hidden[rows], targets[rows]
+            logits = chunk @ weight.t()  # (n, V)
+            probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+            # log sum exp(x) = max(x) - log(max(p)), since the likeliest token has p = exp(max - logsumexp)
+            normaliser = logits.amax(-1).float() - probabilities.amax(-1).log()  # (n,)
+            counts = target != IGNORE_INDEX
+            safe = target.clamp(min=0)[:, None]
+            losses = normaliser - logits.gather(1, safe)[:, 0].float()
+            total += (losses * counts).sum()
+            if grad_hidden is not None and grad_weight is not None:
+                # d loss / d logits = p - onehot(target), 0 for rows that do not count
+                probabilities.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=torch.float32))
+                grad_logits = probabilities.mul_(counts[:, None]).to(hidden.dtype)
+                grad_hidden[rows] = grad_logits @ weight
+                grad_weight += grad_logits.t() @ chunk
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None
 
 
 def expert_counts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:

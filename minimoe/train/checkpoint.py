@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minimoe.errors import CheckpointError, StorageError
+from minimoe.loading import quiet_transformers
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"
@@ -77,8 +78,9 @@ def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, state_dict=dict(snapshot.weights))
-        tokenizer.save_pretrained(temporary)
+        with quiet_transformers():
+            model.save_pretrained(temporary, state_dict=dict(snapshot.weights))
+            tokenizer.save_pretrained(temporary)
         tensors = dict(snapshot.optimizer)
         for rank, states in enumerate(snapshot.rng):
             tensors |= {f"rng.{rank}.{name}": tensor for name, tensor in states.items()}
@@ -90,7 +92,9 @@ def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(
-            f"cannot write checkpoint: {error.strerror or error}", where=str(target), mend="free space or permission, then --resume"
+            f"cannot write checkpoint: {error.strerror or error}",
+            where=str(target),
+            mend="free space or permission, then --resume",
         ) from error
     return target
 
@@ -149,7 +153,9 @@ def latest_or_fail(root: Path) -> tuple[Path | None, dict[str, str]]:
     if found is None and refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise CheckpointError(
-            f"no usable checkpoint ({reasons})", where=str(root), mend="restore one from a copy, or start again with --overwrite"
+            f"no usable checkpoint ({reasons})",
+            where=str(root),
+            mend="restore one from a copy, or start again with --overwrite",
         )
     return found, refused
 
@@ -175,7 +181,8 @@ def load_state(folder: Path) -> TrainerState:
 
 def restore(folder: Path, model: Any, optimizers: list[Optimizer], rank: int) -> TrainerState:
     """Put weights, optimizer moments and random generators back as they were."""
-    loaded = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    with quiet_transformers():
+        loaded = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     model.load_state_dict(loaded.state_dict())
     tensors = load_file(folder / OPTIMIZER_STATE)
     for index, optimizer in enumerate(optimizers):

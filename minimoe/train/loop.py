@@ -16,21 +16,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from minimoe.config import TrainConfig, TrainingRun
+from minimoe.config import GenerationSection, TrainConfig, TrainingRun
 from minimoe.data.loader import Batch, Data
 from minimoe.errors import NonFiniteError, UserError
 from minimoe.evaluate import evaluate_model
 from minimoe.generation.engine import Engine
+from minimoe.loading import quiet_transformers
 from minimoe.model.losses import IGNORE_INDEX
+from minimoe.model.precision import has_bf16
 from minimoe.model.router import TopKRouter
 from minimoe.train import checkpoint
 from minimoe.train.checkpoint import TrainerState
 from minimoe.train.metrics import MetricsLogger
-from minimoe.train.optim import Muon, build_optimizers, has_bf16, lr_at_step, newton_schulz, set_lr
+from minimoe.train.optim import Muon, build_optimizers, lr_at_step, newton_schulz, set_lr
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
@@ -72,6 +75,13 @@ def fit(
         NonFiniteError: loss or gradient norm is NaN or infinite.
     """
     folder, train = Path(config.output_dir), config.train
+    if train.batch_size < accelerator.num_processes:
+        raise UserError(
+            f"train.batch_size {train.batch_size} is less than one row for each of {accelerator.num_processes} processes",
+            mend="raise train.batch_size or start fewer processes",
+        )
+    for prompt in train.sample_prompts:  # now rather than in the middle of the run
+        Engine(model, tokenizer).encode(prompt, chat=hasattr(config, "init_from"))
     checkpoints = folder / "checkpoints"
     total_steps = train.max_steps or math.ceil((train.epochs or 0) * data.train.rows_per_epoch / train.batch_size)
     if train.gradient_checkpointing:
@@ -99,9 +109,7 @@ def fit(
         wrapped.train()
         clock, tokens_at_clock = time.perf_counter(), state.tokens
         while state.step < total_steps:
-            batch = data.train.batch(
-                state.step, train.batch_size, accelerator.process_index, accelerator.num_processes
-            )
+            batch = data.train.batch(state.step, train.batch_size, accelerator.process_index, accelerator.num_processes)
             factor = lr_at_step(state.step, total_steps, config.schedule)
             set_lr(optimizers, factor)
             terms, expert_counts = _forward_backward(wrapped, batch, train, accelerator)
@@ -117,7 +125,7 @@ def fit(
             last = state.step == total_steps
             if state.step % train.log_every == 0 or last:
                 elapsed = time.perf_counter() - clock
-                row = {"step": state.step, "tokens": state.tokens}
+                row: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
                 row |= {name: value.item() for name, value in terms.items()}
                 row |= {
                     "lr": config.optimizer.lr * factor,
@@ -173,14 +181,17 @@ def _forward_backward(
     for index, micro in enumerate(micros):
         last = index == len(micros) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            outputs = model(
-                **micro.model_inputs(), num_items_in_batch=num_items, skip_logits=True, use_cache=False
-            )
+            outputs = model(**micro.model_inputs(), num_items_in_batch=num_items, skip_logits=True, use_cache=False)
             # Data-parallel training averages gradients over ranks; the loss is already divided by the global count.
             accelerator.backward(outputs.loss * world)
         share = (micro.labels[:, 1:] != IGNORE_INDEX).sum() / num_items.clamp(min=1)
         terms = torch.stack(
-            (outputs.loss, outputs.lm_loss, share * outputs.load_balancing_loss, share * outputs.router_z_loss)
+            (
+                outputs.loss,
+                outputs.lm_loss,
+                share * outputs.load_balancing_loss,
+                share * outputs.router_z_loss,
+            )
         ).detach()
         totals = terms if totals is None else totals + terms
         counts = outputs.expert_counts if counts is None else counts + outputs.expert_counts
@@ -221,11 +232,12 @@ def _expert_load(counts: Tensor) -> list[list[float]]:
 
 def _log_samples(model: Any, tokenizer: Any, config: TrainingRun, logger: MetricsLogger, step: int) -> None:
     """Generate from the prompts; training's random state is left alone."""
-    from minimoe.config import GenerationSection
-
     settings = GenerationSection(
-        max_new_tokens=config.train.sample_tokens, temperature=0.7, seed=config.seed, chat=hasattr(config, "init_from")
-    )  # type: ignore[call-arg]
+        max_new_tokens=config.train.sample_tokens,
+        temperature=0.7,
+        seed=config.seed,
+        chat=hasattr(config, "init_from"),
+    )
     prompts = list(config.train.sample_prompts)
     engine = Engine(model, tokenizer)
     for prompt, completion in zip(prompts, engine.generate(prompts, settings), strict=True):
@@ -278,8 +290,9 @@ def _export_final(folder: Path, model: Any, tokenizer: Any, accelerator: Acceler
     final = folder / "final"
     if accelerator.is_main_process:
         temporary = folder / ".writing-final"
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with quiet_transformers():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         checkpoint.publish(temporary, final)
     accelerator.wait_for_everyone()
     return final
@@ -316,15 +329,14 @@ def _print_plan(
         "tokens per expert": f"{tokens * share:,.0f} in each layer, if balanced",
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr}, {config.schedule.name}",
         "precision": f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'} ({train.precision})",
-        "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), {torch.get_num_threads()} threads",
+        "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
+        f"{torch.get_num_threads()} threads each",
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", value)
-    from rich.console import Console
-
-    Console().print(table)
+    Console(soft_wrap=True).print(table)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

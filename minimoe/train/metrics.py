@@ -14,7 +14,15 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from minimoe.config import LoggingConfig
 
@@ -82,7 +90,7 @@ class MetricsLogger:
 
     def print(self, message: str) -> None:
         """A line above the progress bar."""
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -111,8 +119,8 @@ class MetricsLogger:
     def log_sample(self, step: int, prompt: str, text: str) -> None:
         """A generated sample, console and wandb only."""
         if self.enabled:
-            self.console.print(f"step {step:>6}  [dim]sample[/]", highlight=False)
-            self.console.print(f"[cyan]{_escape(prompt)}[/]{_escape(text)}", highlight=False)
+            self.print(f"step {step:>6}  [dim]sample[/]")
+            self.print(f"[cyan]{escape(prompt)}[/]{escape(text)}")
             if self._wandb is not None:
                 self._wandb.log({"sample": prompt + text}, step=step)
 
@@ -138,7 +146,7 @@ class MetricsLogger:
             project=logging.project,
             name=logging.run_name or folder.name,
             dir=str(folder),
-            mode=logging.wandb,
+            mode="offline" if logging.wandb == "offline" else "online",
             id=self.wandb_run_id,
             resume="allow" if self.wandb_run_id else None,
             config=config,
@@ -168,9 +176,3 @@ def _json_safe(value: Any) -> Any:
 
 def _short(number: float) -> str:
     return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

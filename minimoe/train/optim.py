@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from minimoe.config import OptimizerConfig, ScheduleConfig
+from minimoe.model.precision import has_bf16
 
 # Quintic Newton-Schulz coefficients of Muon's authors: singular values go to about [0.7, 1.2] in 5 steps.
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -85,7 +86,11 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self, named_parameters: dict[str, Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        named_parameters: Mapping[str, Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(list(named_parameters.values()), defaults)
@@ -129,7 +134,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
         The same shape, in bfloat16 where the hardware computes in it, else in float32.
     """
     a, b, c = _NS_COEFFICIENTS
-    x = matrices.to(matmul_dtype(matrices.device))
+    x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the products below are over the smaller side
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-7).to(x.dtype)
@@ -138,20 +143,6 @@ def newton_schulz(matrices: Tensor) -> Tensor:
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, poly, x, beta=a)
     return x.mT if tall else x
-
-
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies in it, else float32."""
-    return torch.bfloat16 if has_bf16(device) else torch.float32
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself; emulated bf16 is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
 
 
 def _matrices(stack: Tensor, halves: int) -> list[Tensor]:

@@ -1,0 +1,67 @@
+"""`minimoe tokenizer`: byte-level BPE from the documents of a config."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minimoe.config import TokenizerRun
+from minimoe.data.formats import Counts, document_texts, read_documents
+from minimoe.errors import UserError
+from minimoe.tokenizer import encode_texts, train_bpe
+
+_SAMPLE_BYTES = 1_000_000  # text on which bytes per token is measured
+
+
+def run(config: TokenizerRun) -> Path:
+    """Train a tokenizer on `config.data.train`, save it in `config.output_dir` and return that folder."""
+    started = time.monotonic()
+    sample: list[str] = []
+    tokenizer = train_bpe(_training_texts(config, sample), config.tokenizer.vocab_size)
+    folder = Path(config.output_dir).expanduser()
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the tokenizer: {error}", where=str(folder), mend="change output_dir") from None
+
+    num_tokens = sum(len(ids) for ids in encode_texts(tokenizer, sample))
+    num_bytes = sum(len(text.encode()) for text in sample)
+    Console().print(
+        f"tokenizer: {len(tokenizer):,} tokens, {num_bytes / max(num_tokens, 1):.2f} bytes per token, "
+        f"{time.monotonic() - started:.1f} s, saved in {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if len(tokenizer) < config.tokenizer.vocab_size:
+        Console().print(
+            f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge"
+        )
+    return folder
+
+
+def _training_texts(config: TokenizerRun, sample: list[str]) -> Iterator[str]:
+    """Texts of the training sources up to `max_training_bytes`, under a progress bar; fills `sample`."""
+    limit, used, sampled = config.tokenizer.max_training_bytes, 0, 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("reading text", total=limit)
+        for source in config.data.train:
+            for document, _ in read_documents(source, config.data, Counts()):
+                for text in document_texts(document):
+                    data = text.encode()[: limit - used]
+                    used += len(data)
+                    text = data.decode(errors="ignore")  # the last text may be cut inside a character
+                    if sampled < _SAMPLE_BYTES:
+                        sample.append(text)
+                        sampled += len(data)
+                    yield text
+                    progress.update(bar, completed=used)
+                if used >= limit:
+                    break
+        progress.update(bar, description="learning merges", total=used)
+        yield ""  # keeps the bar on screen until the trainer asks for more, that is until it starts merging

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The one gate, by hand and in CI: lint, types, tests. Makes .venv and installs what it needs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+. scripts/environment.sh
+install_minimoe dev
+
+echo "== lint"
+ruff format --check .
+ruff check .
+echo "== types"
+mypy
+echo "== tests"
+python -m pytest "$@"

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from minimoe.config import OptimizerConfig
+from minimoe.errors import CheckpointError, StorageError
+from minimoe.train import checkpoint
+from minimoe.train.checkpoint import TrainerState
+from minimoe.train.optim import build_optimizers
+
+
+@pytest.fixture
+def trained(tiny_tokenizer):
+    """A model with optimizer moments, one step old."""
+    model = tiny_model(scoring_func="sigmoid")
+    optimizers = build_optimizers(model, OptimizerConfig())
+    ids = torch.randint(1, 97, (2, 8))
+    model(ids, labels=ids).loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return model, optimizers, tiny_tokenizer
+
+
+def save(root, trained, step: int, **state):
+    model, optimizers, tokenizer = trained
+    snapshot = checkpoint.take_snapshot(model, optimizers, TrainerState(step=step, **state), [checkpoint.get_rng()])
+    return checkpoint.save(root, snapshot, model, tokenizer)
+
+
+def test_a_restored_run_has_the_same_weights_moments_state_and_random_numbers(tmp_path, trained):
+    model, optimizers, _ = trained
+    folder = save(tmp_path, trained, 7, tokens=123, best_val_loss=1.5, best_step=3, wandb_run_id="abc")
+    expected_draw = torch.rand(3)
+    other = tiny_model(seed=1, scoring_func="sigmoid")
+    other_optimizers = build_optimizers(other, OptimizerConfig(lr=0.5))
+    state = checkpoint.restore(folder, other, other_optimizers, rank=0)
+    assert state == TrainerState(step=7, tokens=123, best_val_loss=1.5, best_step=3, wandb_run_id="abc")
+    assert torch.equal(torch.rand(3), expected_draw)
+    for (name, tensor), loaded in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(tensor, loaded), name
+    for optimizer, loaded_optimizer in zip(optimizers, other_optimizers, strict=True):
+        expected, actual = optimizer.state_dict()["state"], loaded_optimizer.state_dict()["state"]
+        assert expected.keys() == actual.keys()
+        for index, moments in expected.items():
+            for moment, tensor in moments.items():
+                assert torch.equal(tensor, actual[index][moment]), (index, moment)
+    assert other_optimizers[1].param_groups[0]["peak_lr"] == 0.5  # today's config, not the checkpoint's
+
+
+def test_a_checkpoint_is_a_model_folder_of_transformers_without_any_pickle(tmp_path, trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save(tmp_path, trained, 1)
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    ids = torch.randint(1, 97, (1, 5))
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(ids).logits, trained[0].eval()(ids).logits)
+    assert len(AutoTokenizer.from_pretrained(folder)) == len(trained[2])
+
+
+def test_a_fresh_checkpoint_is_verified_and_the_newest_one_is_found(tmp_path, trained):
+    save(tmp_path, trained, 9)
+    newest = save(tmp_path, trained, 10)
+    assert checkpoint.verify(newest) is None
+    assert checkpoint.latest(tmp_path) == (newest, {})
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_truncating_flipping_a_bit_of_or_deleting_any_file_is_found_and_the_older_checkpoint_used(tmp_path, trained):
+    older = save(tmp_path, trained, 1)
+    newer = save(tmp_path, trained, 2)
+    for name in names(newer):
+        file = newer / name
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        damages = [content[: len(content) * share // 100] for share in (0, 50, 99)] + [bytes(flipped), None]
+        for damage in damages:
+            file.unlink() if damage is None else file.write_bytes(damage)
+            found, refused = checkpoint.latest(tmp_path)
+            assert found == older, (name, damage and len(damage))
+            assert list(refused) == [newer.name]
+            file.write_bytes(content)
+    assert checkpoint.latest(tmp_path) == (newer, {})
+
+
+def test_only_damaged_checkpoints_are_an_error_that_says_why_for_each(tmp_path, trained):
+    for step in (1, 2):
+        (save(tmp_path, trained, step) / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"step-00000002: model.safetensors has 1 bytes.*step-00000001") as caught:
+        checkpoint.latest_or_fail(tmp_path)
+    assert caught.value.exit_code == 3
+    assert checkpoint.latest_or_fail(tmp_path / "empty") == (None, {})
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path, trained):
+    folder = save(tmp_path, trained, 1)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["../../etc/passwd"] = {"bytes": 1, "sha256": ""}
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert "is missing" in str(checkpoint.verify(folder))
+
+
+def test_pruning_keeps_the_newest_verified_ones_and_the_best(tmp_path, trained):
+    folders = {step: save(tmp_path, trained, step) for step in range(1, 7)}
+    (folders[6] / "config.json").write_text("{}")  # damaged: does not count, stays for a look
+    checkpoint.prune(tmp_path, keep_last=2, best_step=2)
+    assert names(tmp_path) == [folders[step].name for step in (2, 4, 5, 6)]
+
+
+def test_a_failed_write_raises_removes_its_temporary_folder_and_leaves_the_old_checkpoint(
+    tmp_path, trained, monkeypatch
+):
+    old = save(tmp_path, trained, 1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        save(tmp_path, trained, 2)
+    assert caught.value.exit_code == 74
+    assert names(tmp_path) == [old.name]
+    assert checkpoint.verify(old) is None
+
+
+def test_leftovers_of_an_interrupted_save_are_no_checkpoint_and_are_swept(tmp_path, trained):
+    save(tmp_path, trained, 1)
+    (tmp_path / ".writing-step-00000002").mkdir()
+    assert checkpoint.latest(tmp_path)[0] == tmp_path / "step-00000001"
+    checkpoint.sweep(tmp_path)
+    assert names(tmp_path) == ["step-00000001"]

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minimoe.config import PretrainRun, SftRun, TokenizerRun, dump_config, load_config
+from minimoe.errors import UserError
+
+BASE = """\
+output_dir: out
+tokenizer: tok
+model: {hidden_size: 32}
+data:
+  train: a.txt
+train:
+  max_steps: 10
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> PretrainRun:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(PretrainRun, path, overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+def test_overrides_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    config = load(tmp_path, BASE, "train.max_steps=20", "optimizer.lr=1e-4", "data.train=[b.txt, c.txt]")
+    assert config.train.max_steps == 20
+    assert config.optimizer.lr == 1e-4
+    assert [source.path for source in config.data.train] == ["b.txt", "c.txt"]
+    assert config.data.sequence_length == 512
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = load(tmp_path, BASE)
+    assert load(tmp_path, dump_config(config)) == config
+
+
+def test_off_is_a_word_and_1e_4_is_a_number(tmp_path):
+    config = load(tmp_path, BASE + "logging: {wandb: off}\noptimizer: {lr: 1e-4}\n")
+    assert config.logging.wandb == "off"
+    assert config.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ("learning_rat: 3\n", "learning_rat: unknown key"),
+        ("optimizer: {learnin_rate: 1}\n", "unknown key"),
+        ("schedule: {warmup_step: 1}\n", "did you mean 'warmup_steps'? (run.yaml:8)"),
+        ("seed: 1.5\n", "seed: "),
+        ("seed: yes\n", "seed: input should be a valid integer"),
+        ("seed: true\n", "seed: expected int, not a boolean"),
+        ("optimizer: {lr: .nan}\n", "optimizer.lr"),
+        ("optimizer: {lr: -1}\n", "greater than 0, got -1"),
+        ("optimizer: {lr: fast}\n", "got 'fast'"),
+        ("logging: {wandb: maybe}\n", "'off', 'offline' or 'online'"),
+        ("seed: 1\nseed: 2\n", "duplicate key seed, first on line 8"),
+        ("data: {train: b.txt}\n", "duplicate key data"),
+        ("x: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
+        ("a: [1, 2\n", "not valid YAML"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place_and_rule(tmp_path, addition, message):
+    text = refusal(tmp_path, BASE + addition).replace(f"{tmp_path}/", "")
+    assert message in text
+    assert "run.yaml" in text
+    assert "Traceback" not in text
+
+
+def test_a_boolean_wants_true_or_false(tmp_path):
+    assert "write true or false, got 'no'" in refusal(tmp_path, BASE, "train.compile=no")
+
+
+def test_all_problems_are_reported_together(tmp_path):
+    text = refusal(tmp_path, BASE, "train.max_steps=0", "optimizer.lr=-1", "seed=x", "modle=3")
+    assert text.startswith("4 problems")
+    for part in ("train.max_steps", "optimizer.lr", "seed", "modle: unknown key, did you mean 'model'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs=2", "exactly one of max_steps or epochs"),
+        ("schedule.warmup_steps=11", "warmup_steps 11 is more than train.max_steps 10"),
+        ("train.micro_batch_size=5", "micro_batch_size 5 does not divide batch_size 32"),
+        ("data.train=[]", "non-empty list"),
+        ("data.train={hub: a/b, path: c}", "exactly one of path or hub"),
+        ("data.train=[{path: a, weight: 1}, b]", "weight to every source or to none"),
+        ("optimizer.betas=[0.9, 1.5]", "each beta must be in [0, 1)"),
+        ("train.max_steps", "is not key=value"),
+        ("output_dir.x=1", "is a value, not a section"),
+    ],
+)
+def test_contradictions_and_malformed_overrides_are_refused(tmp_path, override, message):
+    assert message in refusal(tmp_path, BASE, override)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "not found"), (b"", "it is empty"), (b"- 1\n", "it is list"), (b"\xff\xfe\x00", "cannot read")],
+)
+def test_a_missing_empty_or_binary_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_config(PretrainRun, path)
+
+
+RECIPES = sorted(Path(__file__).parent.parent.glob("configs/*/*.yaml"))
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 9
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_config_loads_and_explains_every_key(path):
+    from minimoe.config import GenerateRun
+
+    kinds = {"tokenizer": TokenizerRun, "pretrain": PretrainRun, "sft": SftRun, "generate": GenerateRun}
+    kind = next(kind for name, kind in kinds.items() if path.stem.startswith(name))
+    config = load_config(kind, path)
+    if isinstance(config, PretrainRun):
+        from minimoe import MiniMoeConfig
+
+        MiniMoeConfig(**config.model)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        is_leaf = ":" in line and not line.strip().startswith("#") and line.split("#")[0].strip()[-1] != ":"
+        assert not is_leaf or "#" in line, f"{path}:{number} has no comment"
+
+
+def test_minimind_recipes_have_the_published_sizes():
+    import torch
+
+    from minimoe import MiniMoeConfig, MiniMoeForCausalLM
+
+    published = {}
+    for path in RECIPES:
+        if path.parent.name == "minimind" and path.stem.startswith("pretrain"):
+            with torch.device("meta"):
+                architecture = yaml.safe_load(path.read_text())["model"]
+                model = MiniMoeForCausalLM(MiniMoeConfig(**architecture))
+            published[path.stem] = round(sum(p.numel() for p in model.parameters()) / 1e6)
+    assert published == {}

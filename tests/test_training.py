@@ -1,0 +1,404 @@
+"""Whole runs: overfitting, resuming, accumulation, several processes, balancing, and errors at the command line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import relative_error, tiny_config
+
+from minimoe.cli import main
+from minimoe.config import PretrainRun, SftRun
+from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
+from minimoe.model.moe import MoEFeedForward
+from minimoe.train import pretrain, sft
+from minimoe.train.loop import _update_selection_bias
+
+STORIES = [
+    f"The {animal} went to the {place} and found a {thing}."
+    for animal, place, thing in [
+        ("cat", "sea", "boat"),
+        ("dog", "moon", "hat"),
+        ("bird", "hill", "kite"),
+        ("fox", "lake", "drum"),
+        ("mouse", "barn", "bell"),
+        ("owl", "mill", "lamp"),
+        ("bear", "farm", "cake"),
+        ("frog", "pond", "ring"),
+    ]
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Where is the {a}?"}, {"role": "assistant", "content": f"On the {b}."}]}
+    for a, b in [("cat", "mat"), ("boat", "sea"), ("moon", "sky"), ("hat", "head"), ("bell", "barn"), ("kite", "hill")]
+]
+MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.fixture
+def pretrain_config(tmp_path, write_jsonl, tiny_tokenizer_dir):
+    data = write_jsonl([{"text": text} for text in STORIES], "stories.jsonl")
+
+    def make(output: str = "run", model: dict | None = None, **train) -> PretrainRun:
+        values = {
+            "output_dir": str(tmp_path / output),
+            "tokenizer": str(tiny_tokenizer_dir),
+            "model": MODEL | (model or {}),
+            "data": {
+                "train": str(data),
+                "validation_fraction": 0.2,
+                "sequence_length": 32,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "optimizer": {"lr": 0.02},
+            "train": {
+                "max_steps": 6,
+                "batch_size": 4,
+                "precision": "fp32",
+                "log_every": 1,
+                "eval_every": 3,
+                "save_every": 2,
+            }
+            | train,
+        }
+        return PretrainRun.model_validate(values)
+
+    return make
+
+
+@pytest.fixture
+def sft_config(tmp_path, write_jsonl):
+    data = write_jsonl(CHATS, "chats.jsonl")
+
+    def make(init_from: Path, output: str = "sft", **train) -> SftRun:
+        values = {
+            "output_dir": str(tmp_path / output),
+            "init_from": str(init_from),
+            "data": {
+                "train": str(data),
+                "validation_fraction": 0,
+                "sequence_length": 32,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "train": {"max_steps": 6, "batch_size": 4, "precision": "fp32", "log_every": 1, "save_every": 2} | train,
+        }
+        return SftRun.model_validate(values)
+
+    return make
+
+
+def rows(folder: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_rows(folder: str | Path) -> list[dict]:
+    """Rows of training steps without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(folder) if "loss" in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def run_command(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["minimoe", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def write_yaml(path: Path, config) -> Path:
+    from minimoe.config import dump_config
+
+    path.write_text(dump_config(config), encoding="utf-8")
+    return path
+
+
+def test_the_real_commands_overfit_one_batch_and_say_it_back(
+    tmp_path, pretrain_config, sft_config, monkeypatch, capsys
+):
+    config = pretrain_config(max_steps=70, batch_size=16, eval_every=70, save_every=70)
+    path = write_yaml(tmp_path / "pretrain.yaml", config)
+    assert (
+        run_command(
+            monkeypatch, "pretrain", path, "data.validation_fraction=0", "optimizer.lr=0.05", "data.sequence_length=32"
+        )
+        == 0
+    )
+    assert training_rows(config.output_dir)[-1]["lm_loss"] < 0.1
+    final = Path(config.output_dir) / "final"
+    chat = sft_config(final, max_steps=60, batch_size=8, save_every=60)
+    path = write_yaml(tmp_path / "sft.yaml", chat)
+    assert run_command(monkeypatch, "sft", path, "optimizer.lr=0.05") == 0
+    assert training_rows(chat.output_dir)[-1]["lm_loss"] < 0.05
+    capsys.readouterr()
+    words = [
+        "generate",
+        Path(chat.output_dir) / "final",
+        "--chat",
+        "--json",
+        "--prompt",
+        "Where is the boat?",
+        "temperature=0",
+    ]
+    assert run_command(monkeypatch, *words) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "On the sea."
+
+
+def test_a_run_leaves_what_others_rely_on(pretrain_config):
+    config = pretrain_config(sample_every=3, sample_prompts=["The cat"], sample_tokens=4)
+    final = pretrain.run(config)
+    folder = Path(config.output_dir)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"step-00000004", "step-00000006"}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= {
+        p.name for p in final.iterdir()
+    }
+    row = training_rows(folder)[-1]
+    wanted = "step tokens loss lm_loss load_balancing_loss router_z_loss lr grad_norm batch_hash expert_load"
+    assert set(wanted.split()) <= set(row)
+    assert [len(layer) for layer in row["expert_load"]] == [4, 4]
+    validations = [row for row in rows(folder) if "val_loss" in row]
+    assert [row["step"] for row in validations] == [3, 6]
+    assert all(row["val_bits_per_byte"] > 0 for row in validations)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("dense", [False, True], ids=["moe", "dense"])
+def test_stopping_and_resuming_gives_the_same_curve_and_weights_bit_for_bit(stage, dense, pretrain_config, sft_config):
+    model = {"attention_dropout": 0.1, "scoring_func": "sigmoid", "router_bias_update_rate": 0.01}
+    model |= {"first_k_dense_replace": 2} if dense else {}
+    make, run = pretrain_config, pretrain.run
+    if stage == "sft":
+        start = pretrain.run(pretrain_config("start", model, max_steps=2))
+        make, run = (lambda output, _=None, **train: sft_config(start, output, **train)), sft.run
+    whole = make("whole", model, max_steps=7)
+    run(whole)
+    # The schedule depends on max_steps, so the interrupted run has the same and loses its later checkpoints.
+    parts = make("parts", model, max_steps=7)
+    run(parts)
+    for name in ("step-00000006", "step-00000007"):
+        shutil.rmtree(Path(parts.output_dir) / "checkpoints" / name)
+    shutil.rmtree(Path(parts.output_dir) / "final")
+    torch.manual_seed(999)
+    final = run(parts, resume=True)
+    assert training_rows(parts.output_dir) == training_rows(whole.output_dir)
+    for name, tensor in weights(Path(whole.output_dir) / "final").items():
+        assert torch.equal(tensor, weights(final)[name]), name
+
+
+def test_gradients_with_accumulation_equal_those_of_the_whole_batch_with_uneven_masks():
+    from tiny import tiny_model
+
+    model = tiny_model(router_aux_loss_coef=0.01, router_aux_loss_type="sequence", router_z_loss_coef=0.01)
+    ids = torch.randint(1, 97, (8, 12))
+    labels = ids.clone()
+    for row in range(8):  # between 1 and 11 learned tokens a row; rows 4 and 5 have none
+        labels[row, row + 2 :] = IGNORE_INDEX
+    labels[4:6] = IGNORE_INDEX
+    num_items = (labels[:, 1:] != IGNORE_INDEX).sum()
+    gradients = []
+    for micro in (8, 2):
+        model.zero_grad()
+        for part_ids, part_labels in zip(ids.split(micro), labels.split(micro), strict=True):
+            out = model(part_ids, labels=part_labels, num_items_in_batch=num_items, skip_logits=True, use_cache=False)
+            # The router terms weigh micro-batches by learned tokens, so only the language-model part is exact.
+            out.lm_loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for whole, accumulated in zip(*gradients, strict=True):
+        assert relative_error(accumulated, whole) < 1e-5
+
+
+def test_accumulating_runs_follow_the_same_curve(pretrain_config):
+    whole, accumulated = pretrain_config("whole"), pretrain_config("accumulated", micro_batch_size=1)
+    # The batch-wise balance loss is a mean over each forward pass; without it the two are the same function.
+    for config in (whole, accumulated):
+        config.model["router_aux_loss_coef"] = 0.0
+        pretrain.run(config)
+    for a, b in zip(training_rows(whole.output_dir), training_rows(accumulated.output_dir), strict=True):
+        assert a["batch_hash"] == b["batch_hash"]
+        # After six steps of Muon, whose orthogonalisation amplifies rounding of bf16 products.
+        assert b["lm_loss"] == pytest.approx(a["lm_loss"], rel=2e-3)
+    first = [training_rows(c.output_dir)[0] for c in (whole, accumulated)]
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-5)
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-5)
+
+
+def test_two_processes_train_like_one_and_an_idle_expert_does_not_hang_them(tmp_path, pretrain_config):
+    """20 steps on gloo; expert 0 is kept idle by its selection bias."""
+    config = pretrain_config("one", {"scoring_func": "sigmoid", "router_aux_loss_coef": 0.0})
+    path = write_yaml(tmp_path / "config.yaml", config)
+    worker = Path(__file__).with_name("two_processes.py")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
+    outputs = []
+    for prefix in ([sys.executable], launch):
+        result = subprocess.run(
+            [*prefix, str(worker), str(path), str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=240,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        outputs.append(torch.load(tmp_path / "result.pt", weights_only=True))
+    one, two = outputs
+    assert two["world"] == 2
+    assert two["replicas_equal"]
+    assert two["idle_tokens"] == 0
+    assert two["steps"] == one["steps"] == 20
+    for name, gradient in one["gradients"].items():
+        assert relative_error(two["gradients"][name], gradient) < 1e-5 or gradient.norm() < 1e-7, name
+    assert one["hashes"] == two["hashes"]
+
+
+@pytest.mark.parametrize("method", ["loss", "bias"])
+def test_a_starved_expert_recovers_with_either_balancing_method(method):
+    torch.manual_seed(0)
+    config = tiny_config(
+        num_experts=4,
+        num_experts_per_tok=1,
+        scoring_func="sigmoid" if method == "bias" else "softmax",
+        router_bias_update_rate=0.05 if method == "bias" else 0.0,
+    )
+    block = MoEFeedForward(config)
+    block.config = config
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(1, 256, 32) + 1.0
+    with torch.no_grad():
+        block.gate.weight[0] -= 0.15  # the inputs' mean is 1 in every direction: expert 0 loses every token
+
+    def load(expert_ids: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(expert_ids.flatten(), minlength=4)
+
+    assert load(block(x)[1].expert_ids)[0] == 0
+    optimizer = torch.optim.Adam(block.gate.parameters(), lr=0.01)
+    for _ in range(100):
+        _, routing = block(x)
+        if method == "loss":
+            optimizer.zero_grad()
+            load_balancing_loss(routing.probabilities, routing.expert_ids).backward()
+            optimizer.step()
+        else:
+            _update_selection_bias(block, load(routing.expert_ids)[None])
+    assert load(block(x)[1].expert_ids)[0] > 32  # half a fair share
+
+
+def test_data_samples_of_every_format_train_a_step(pretrain_config, sft_config):
+    samples = Path(__file__).parent.parent / "data" / "samples"
+    files = sorted(path for path in samples.iterdir() if path.is_file())
+    assert len(files) >= 8
+
+    def on(config, path: Path):
+        values = config.model_dump(mode="json")
+        values["data"] |= {"train": str(path), "validation_fraction": 0.0, "sequence_length": 96}
+        return type(config).model_validate(values)
+
+    start = pretrain.run(on(pretrain_config("start", max_steps=1), samples / "text.txt"))
+    for path in files:
+        pretrain.run(on(pretrain_config(path.name, max_steps=1), path))
+        if not path.name.startswith("text"):
+            sft.run(on(sft_config(start, f"sft-{path.name}", max_steps=1), path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["data.train=missing.txt"], 2, "missing.txt"),
+        (["train.max_stepz=3"], 2, "did you mean 'max_steps'"),
+        (["train.max_steps=many"], 2, "many"),
+        (["model.num_experts_per_tok=9"], 2, "9 experts per token, but there are only num_experts = 4"),
+        (["model.vocab_size=64"], 2, "model.vocab_size 64 is smaller than the tokenizer's"),
+        (["model.max_position_embeddings=16"], 2, "sequence_length 32 is more than model.max_position_embeddings 16"),
+        (["tokenizer=nowhere"], 2, "nowhere"),
+        (["train.device=cuda"], 2, "cuda is not available"),
+        (["output_dir=/proc/minimoe"], 2, "cannot be written"),
+    ],
+)
+def test_common_mistakes_exit_2_with_a_message_and_no_traceback(
+    overrides, code, message, tmp_path, pretrain_config, monkeypatch, capsys
+):
+    if "device=cuda" in overrides[0] and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    path = write_yaml(tmp_path / "config.yaml", pretrain_config())
+    monkeypatch.chdir(tmp_path)
+    assert run_command(monkeypatch, "pretrain", path, *overrides) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 3
+
+
+def test_empty_data_and_an_overlong_prompt_exit_2(tmp_path, pretrain_config, monkeypatch, capsys):
+    config = pretrain_config(max_steps=1)
+    path = write_yaml(tmp_path / "config.yaml", config)
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    assert run_command(monkeypatch, "pretrain", path, f"data.train={tmp_path}/empty.txt") == 2
+    assert "0 usable rows" in capsys.readouterr().err
+    assert run_command(monkeypatch, "pretrain", path, "--overwrite") == 0
+    capsys.readouterr()
+    assert run_command(monkeypatch, "generate", Path(config.output_dir) / "final", "--prompt", "The cat " * 60) == 2
+    assert "32" in capsys.readouterr().err
+
+
+def test_a_used_folder_needs_resume_or_overwrite(pretrain_config, monkeypatch, tmp_path, capsys):
+    path = write_yaml(tmp_path / "config.yaml", pretrain_config(max_steps=2))
+    assert run_command(monkeypatch, "pretrain", path) == 0
+    assert run_command(monkeypatch, "pretrain", path) == 2
+    error = capsys.readouterr().err
+    assert "--resume continues it" in error
+    assert "--overwrite deletes it" in error
+    assert run_command(monkeypatch, "pretrain", path, "--resume") == 0
+    assert run_command(monkeypatch, "pretrain", path, "--overwrite") == 0
+
+
+def test_wandb_offline_needs_no_key_and_keeps_its_run_when_resumed(pretrain_config, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = pretrain_config(max_steps=2)
+    config = config.model_copy(update={"logging": config.logging.model_copy(update={"wandb": "offline"})})
+    pretrain.run(config)
+    state = json.loads((Path(config.output_dir) / "checkpoints/step-00000002/trainer.json").read_text())
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})})
+    pretrain.run(longer, resume=True)
+    resumed = json.loads((Path(config.output_dir) / "checkpoints/step-00000004/trainer.json").read_text())
+    assert resumed["wandb_run_id"] == state["wandb_run_id"]
+    assert any((Path(config.output_dir) / "wandb").iterdir())
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
+def test_checkpointing_and_compiling_follow_the_plain_curve(option, pretrain_config, monkeypatch):
+    # Tracing is what can go wrong in our code; generating kernels needs a C++ compiler and a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, other = pretrain_config("plain", max_steps=2), pretrain_config("other", max_steps=2, **{option: True})
+    for config in (plain, other):
+        pretrain.run(config)
+    for a, b in zip(training_rows(plain.output_dir), training_rows(other.output_dir), strict=True):
+        # Fused kernels round differently, and Muon's step amplifies that once.
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)

@@ -1,0 +1,56 @@
+"""Worker of a test: 20 training steps, alone or as one of several gloo processes, with an expert kept idle."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from minimoe.config import PretrainRun, load_config
+from minimoe.data.loader import open_data
+from minimoe.tokenizer import load_tokenizer
+from minimoe.train.loop import _forward_backward, make_accelerator
+from minimoe.train.optim import build_optimizers
+from minimoe.train.pretrain import build_model
+
+
+def main(config_path: str, folder: str) -> None:
+    config = load_config(PretrainRun, config_path)
+    accelerator = make_accelerator(config.train)
+    tokenizer = load_tokenizer(config.tokenizer)
+    with accelerator.main_process_first():
+        data = open_data(config.data, tokenizer, "pretrain", config.seed)
+    torch.manual_seed(0)
+    model = build_model(config, tokenizer)
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias[0] = -100.0
+    optimizers = build_optimizers(model, config.optimizer)
+    wrapped = accelerator.prepare(model)
+    idle_tokens, hashes, gradients = 0, [], {}
+    for step in range(20):
+        batch = data.train.batch(step, config.train.batch_size, accelerator.process_index, accelerator.num_processes)
+        _, counts = _forward_backward(wrapped, batch, config.train, accelerator)
+        if step == 0:
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        idle_tokens += int(counts[:, 0].sum())
+        hashes.append(data.train.batch(step, config.train.batch_size).digest())
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    replicas = accelerator.gather(flat[None])
+    if accelerator.is_main_process:
+        result = {
+            "world": accelerator.num_processes,
+            "steps": step + 1,
+            "idle_tokens": idle_tokens,
+            "replicas_equal": bool((replicas == replicas[0]).all()),
+            "gradients": gradients,
+            "hashes": hashes,
+        }
+        torch.save(result, f"{folder}/result.pt")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
