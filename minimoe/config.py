@@ -3,15 +3,11 @@
 One file describes one whole run: `TokenizerRun`, `PretrainRun`, `SftRun` or `GenerateRun`. Sections are pydantic
 models: unknown keys are refused with a "did you mean", every problem is reported at once with its line, nothing is
 ever mutated. Resolution order: defaults < YAML < `key.sub=value` overrides.
-
-YAML is read by PyYAML's safe loader with three repairs, because a config must mean what it seems to say:
-duplicate keys are an error, only `true`/`false` are booleans (`no`, `on` stay text), and `1e-4` is a number.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,6 +24,7 @@ from pydantic import (
 )
 
 from minimoe.errors import UserError
+from minimoe.strict_yaml import Loader, read_yaml
 
 
 class Section(BaseModel):
@@ -267,7 +264,7 @@ def load_config(kind: type[Run], path: str | Path | None, overrides: Sequence[st
         UserError: the file is missing or no YAML mapping, an override has no `=`, or values are wrong; every
             wrong value is named with its line or override and the rule it breaks.
     """
-    values, lines = ({}, {}) if path is None else _read_yaml(Path(path))
+    values, lines = ({}, {}) if path is None else read_yaml(Path(path))
     source = str(path) if path is not None else "overrides"
     for override in overrides:
         _apply_override(values, lines, override)
@@ -279,7 +276,7 @@ def load_config(kind: type[Run], path: str | Path | None, overrides: Sequence[st
 
 def config_keys(path: str | Path) -> set[str]:
     """Top-level keys of a config file: they tell what kind of run it is."""
-    return set(_read_yaml(Path(path))[0])
+    return set(read_yaml(Path(path))[0])
 
 
 def dump_config(config: BaseModel) -> str:
@@ -300,84 +297,13 @@ def _check_warmup(schedule: ScheduleConfig, train: TrainConfig) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without PyYAML's surprises: see the module docstring."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)|[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+|\.inf|\.nan)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file's values, and 'file:line' for every dotted key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"config file not found: {path}", mend="check the path; recipes are in configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path}: {error}", mend="give a YAML text file") from None
-    lines: dict[str, str] = {}
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-        _record_lines(root, "", str(path), lines)
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=where) from None
-    except RecursionError:
-        raise UserError("not valid YAML: nested too deeply", where=str(path)) from None
-    if not isinstance(values, dict):
-        kind = "empty" if values is None else type(values).__name__
-        raise UserError(f"config file {path} must hold a mapping, it is {kind}", mend="see the recipes in configs/")
-    return values, lines
-
-
-def _record_lines(node: yaml.Node | None, prefix: str, file: str, lines: dict[str, str]) -> None:
-    """Fill `lines`; refuse duplicate and non-text keys."""
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key_node, value_node in node.value:
-            where = f"{file}:{key_node.start_mark.line + 1}"
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise UserError("a config key must be plain text", where=where)
-            key = str(key_node.value)
-            if key in seen:
-                raise UserError(
-                    f"duplicate key {prefix}{key}, first on line {seen[key]}",
-                    where=where,
-                    mend="keep one of the two",
-                )
-            seen[key] = key_node.start_mark.line + 1
-            lines[prefix + key] = where
-            _record_lines(value_node, f"{prefix}{key}.", file, lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[f"{prefix}{index}"] = f"{file}:{item.start_mark.line + 1}"
-            _record_lines(item, f"{prefix}{index}.", file, lines)
-
-
 def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str) -> None:
     """Set one `key.sub=value`; the value is parsed as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not key=value", mend="write it like train.max_steps=100")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, RecursionError):
         raise UserError(f"override {override!r}: the value is not valid YAML", mend="quote it") from None
     *parents, last = key.strip().split(".")

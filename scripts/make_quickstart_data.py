@@ -40,9 +40,9 @@ from typing import Any
 from story_tasks import Task, draw_tasks, exercise_page, held_out_pairs_in, row_of, story_page
 from story_writer import draw_facts, stable_hash, write_story
 
-TRAIN_BYTES = {"stories": 7_000_000, "english": 3_000_000, "code": 2_500_000}  # at most, with --scale 1
+TRAIN_BYTES = {"stories": 7_000_000, "english": 1_200_000, "code": 800_000}  # at most, with --scale 1
 VALID_BYTES = 130_000  # of each part
-SFT_ROWS = {"story": 7000, "question": 8000, "arithmetic": 4000, "reorder": 5000}
+SFT_ROWS = {"story": 6500, "question": 7500, "arithmetic": 6000, "reorder": 4000}
 SFT_VALID_ROWS = {"story": 90, "question": 90, "arithmetic": 60, "reorder": 60}
 TEST_ROWS = {"story": 60, "question": 60, "arithmetic": 40, "reorder": 40}
 MAX_TURNS = {"story": 1, "question": 5, "arithmetic": 8, "reorder": 6}  # instructions in one conversation

@@ -195,11 +195,10 @@ def check_question(check: dict[str, Any], answer: str) -> bool:
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
 }
-WORDS = {"+": "plus", "-": "minus", "*": "times"}
+WORDS = {"+": "plus", "-": "minus"}
 # The look-ahead finds overlapping pairs: "43 - 10 - 7" holds (43, 10) and (10, 7).
-PAIR = re.compile(r"(?<!\d)(?=(\d+)\s*(?:\+|-|\*|plus|minus|times)\s*(\d+)(?!\d))")
+PAIR = re.compile(r"(?<!\d)(?=(\d+)\s*(?:\+|-|plus|minus)\s*(\d+)(?!\d))")
 
 ARITHMETIC_PROMPTS = (
     "What is {a} {sign} {b}?",
@@ -237,21 +236,14 @@ def worked(problem: Problem) -> str:
         return f"{a} + {b} = {a - a % 10 + b - b % 10} + {a % 10 + b % 10} = {result}."
     if sign == "-" and b > 9 and b % 10:
         return f"{a} - {b} = {a - b + b % 10} - {b % 10} = {result}."
-    if sign == "*" and max(a, b) > 10:
-        small, large = sorted((a, b))
-        return f"{a} * {b} = {small * 10} + {small * (large - 10)} = {result}."
     return f"{a} {sign} {b} = {result}."
 
 
 def draw_problem(rng: random.Random, held_out: bool) -> Problem:
     """A problem with a held-out pair of operands, or one without such a pair, in its steps too."""
     while True:
-        sign = rng.choice("++--*")
-        if sign == "*":
-            operands = [rng.randint(2, 9), rng.randint(2, 19)]
-            rng.shuffle(operands)
-            a, b = operands
-        elif rng.random() < 0.2:  # tables: whole tens and small numbers, as they occur in the steps
+        sign = rng.choice("+-")
+        if rng.random() < 0.2:  # tables: whole tens and small numbers, as they occur in the steps
             a, b = rng.choice(((10 * rng.randint(1, 9), rng.randint(1, 72)), (rng.randint(1, 49), rng.randint(1, 9))))
         else:
             a, b = rng.randint(2, 49), rng.randint(2, 49)

@@ -26,7 +26,7 @@ SCALE = 0.05
 TASKS = tuple(story_tasks.CHECKS)
 NAMES = [hero.name for hero in story_world.HEROES]
 PLACES = [place.name for place in story_world.PLACES]
-TWO_NUMBERS = re.compile(r"(?<!\d)(?=(\d+)\s*(?:[-+*]|plus|minus|times)\s*(\d+)(?!\d))")
+TWO_NUMBERS = re.compile(r"(?<!\d)(?=(\d+)\s*(?:[-+]|plus|minus)\s*(\d+)(?!\d))")
 
 
 @pytest.fixture(scope="module")

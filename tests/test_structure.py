@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "minimoe"
 BELOW = {
     "errors": set(),
     "model": set(),
-    "config": {"errors", "model"},
+    "strict_yaml": {"errors"},
+    "config": {"strict_yaml", "errors", "model"},
     "tokenizer": {"config", "errors", "model"},
     "data": {"tokenizer", "config", "errors", "model"},
     "loading": {"tokenizer", "config", "errors", "model"},

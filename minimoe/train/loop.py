@@ -77,7 +77,8 @@ def fit(
     folder, train = Path(config.output_dir), config.train
     if train.batch_size < accelerator.num_processes:
         raise UserError(
-            f"train.batch_size {train.batch_size} is less than one row for each of {accelerator.num_processes} processes",
+            f"train.batch_size {train.batch_size} is less than one row for each of the "
+            f"{accelerator.num_processes} processes",
             mend="raise train.batch_size or start fewer processes",
         )
     for prompt in train.sample_prompts:  # now rather than in the middle of the run
