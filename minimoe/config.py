@@ -105,7 +105,7 @@ class OptimizerConfig(Section):
 
     name: Literal["muon", "adamw"] = Field("muon", description="optimizer")
     lr: float = Field(0.02, gt=0, description="peak learning rate (of the matrices, with muon)")
-    adamw_lr: float = Field(0.003, gt=0, description="with muon: peak learning rate of embeddings, norms, routers")
+    adamw_lr: float = Field(0.01, gt=0, description="with muon: peak learning rate of embeddings, norms, routers")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices and embeddings")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")

@@ -141,7 +141,7 @@ def test_every_shipped_config_loads_and_explains_every_key(path):
 
 
 def test_minimind_recipes_have_the_published_sizes():
-    """Millions of (total, active) parameters; the seed publishes 145M for hidden 640, and 198M with 64M active for 768."""
+    """Millions of (total, active) parameters; published are 145M for hidden 640, and 198M with 64M active for 768."""
     import torch
 
     from minimoe import MiniMoeConfig, MiniMoeForCausalLM

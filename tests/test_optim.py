@@ -58,7 +58,7 @@ def test_muon_takes_the_hidden_matrices_and_leaves_embeddings_norms_and_routers_
         hidden = any(part in name for part in ("_proj",))
         assert (id(parameter) in taken) == hidden, name
     set_lr([adamw, muon], 0.5)
-    assert adamw.param_groups[0]["lr"] == 0.0015
+    assert adamw.param_groups[0]["lr"] == 0.005
     assert muon.param_groups[0]["lr"] == 0.01
 
 

@@ -49,6 +49,7 @@ class Encoded:
     num_bytes: np.ndarray
     truncated: int
     dropped: int
+    characters: int = 0  # of text read, for progress
 
 
 def encode_all(
@@ -97,9 +98,15 @@ def _available_cores() -> int:
 
 def encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_length: int) -> Encoded:
     """Token ids of a chunk's documents."""
-    if stage == "sft":
-        return _encode_sft(chunk, tokenizer, sequence_length)
-    return _encode_pretrain(chunk, tokenizer)
+    sft = stage == "sft"
+    encoded = _encode_sft(chunk, tokenizer, sequence_length) if sft else _encode_pretrain(chunk, tokenizer)
+    encoded.characters = sum(map(num_characters, chunk))
+    return encoded
+
+
+def num_characters(document: Document) -> int:
+    """Characters of a document's text, with an allowance for the frame of each message."""
+    return len(document) if isinstance(document, str) else sum(len(m["content"] or "") + 64 for m in document)
 
 
 def _encode_pretrain(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Encoded:

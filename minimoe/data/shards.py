@@ -26,7 +26,7 @@ import numpy as np
 
 from minimoe.config import DataConfig, SourceConfig
 from minimoe.data import sources
-from minimoe.data.encode import Chunk, Stage, encode_all
+from minimoe.data.encode import Chunk, Stage, encode_all, num_characters
 from minimoe.data.formats import Counts, read_documents
 from minimoe.errors import StorageError, UserError
 
@@ -137,7 +137,7 @@ def _build(
     folder: Path, source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
 ) -> None:
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
     dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
     skipped = Counts()
@@ -147,10 +147,11 @@ def _build(
     try:
         np.zeros(1, np.int64).tofile(files["offsets.bin"])
         chunks = _chunks(source, data, stage, skipped)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task(f"tokenising {sources.describe(source)}", total=None)
+            # Characters of text are somewhat less than bytes of the files, so the bar may end a little early.
+            bar = progress.add_task(f"tokenising {sources.describe(source)}", total=sources.total_bytes(source))
             for encoded in encode_all(chunks, tokenizer, stage, data):
                 encoded.tokens.astype(dtype).tofile(files["tokens.bin"])
                 (counts["tokens"] + np.cumsum(encoded.lengths)).astype(np.int64).tofile(files["offsets.bin"])
@@ -162,8 +163,7 @@ def _build(
                 counts["bytes"] += int(encoded.num_bytes.sum())
                 counts["truncated"] += encoded.truncated
                 counts["dropped"] += encoded.dropped
-                shown = f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"
-                progress.update(bar, description=f"tokenising {sources.describe(source)}: {shown}")
+                progress.advance(bar, encoded.characters)
     finally:
         for file in files.values():
             file.close()
@@ -193,7 +193,7 @@ def _chunks(source: SourceConfig, data: DataConfig, stage: Stage, skipped: Count
                 mend="give rows of format messages, conversations, alpaca or prompt_completion",
             )
         chunk.append(document)
-        size += len(document) if isinstance(document, str) else sum(len(m["content"]) + 64 for m in document)
+        size += num_characters(document)
         if size >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0

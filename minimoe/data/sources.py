@@ -101,6 +101,11 @@ def list_files(path: str) -> list[Path]:
     return files
 
 
+def total_bytes(source: SourceConfig) -> int | None:
+    """Bytes of the source's files, for a progress bar; None for a hub dataset."""
+    return None if source.path is None else sum(file.stat().st_size for file in list_files(source.path))
+
+
 def fingerprint(source: SourceConfig) -> str:
     """A hash of the source's contents.
 

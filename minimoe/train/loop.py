@@ -35,6 +35,8 @@ from minimoe.train.checkpoint import TrainerState
 from minimoe.train.metrics import MetricsLogger
 from minimoe.train.optim import Muon, build_optimizers, lr_at_step, newton_schulz, set_lr
 
+_LEFT_OUT = ("bad_rows", "empty_rows", "dropped", "truncated")  # of the counts of the data
+
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
     """Device, precision and process group of a run.
@@ -323,6 +325,7 @@ def _print_plan(
         f"{architecture.num_moe_layers} of {architecture.num_hidden_layers} layers",
         "data": f"{data.train.rows_per_epoch:,} rows of {config.data.sequence_length} tokens an epoch"
         + (f", {data.validation.num_documents:,} documents held out" if data.validation else ", nothing held out"),
+        "rows left out": ", ".join(f"{data.counts[key]:,} {key}" for key in _LEFT_OUT if data.counts[key]) or "none",
         "steps": f"{total_steps:,} of {train.batch_size} rows = {tokens_per_step:,} tokens"
         + (f", {done:,} already done" if done else ""),
         "tokens": f"{tokens:,} ({tokens / total:.1f} per parameter, "
