@@ -127,10 +127,10 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(path_or_name).expanduser()
     local = folder.exists()
     name = str(path_or_name)
-    # "runs/tokenizer" looks like a hub name: where its parent is a folder here, a folder is what was meant.
-    if not local and (
-        folder.is_absolute() or name.startswith((".", "~")) or (folder.parent.name and folder.parent.is_dir())
-    ):
+    # "runs/tokenizer" looks like a hub name (owner/name): where its parent is a folder here, a folder is what was
+    # meant, and asking the hub without a network would only take a minute to fail.
+    is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if not local and (is_path or (folder.parent.name and folder.parent.is_dir())):
         raise UserError(f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`")
     if (folder / "config.json").exists():
         # A model's folder: AutoTokenizer warns about an architecture that is not registered.

@@ -42,7 +42,7 @@ from story_writer import draw_facts, stable_hash, write_story
 
 TRAIN_BYTES = {"stories": 7_000_000, "english": 1_200_000, "code": 800_000}  # at most, with --scale 1
 VALID_BYTES = 130_000  # of each part
-SFT_ROWS = {"story": 4800, "question": 5200, "arithmetic": 3000, "reorder": 3000}
+SFT_ROWS = {"story": 4600, "question": 5200, "arithmetic": 3900, "reorder": 2300}
 SFT_VALID_ROWS = {"story": 90, "question": 90, "arithmetic": 60, "reorder": 60}
 TEST_ROWS = {"story": 60, "question": 60, "arithmetic": 40, "reorder": 40}
 MAX_TURNS = {"story": 1, "question": 5, "arithmetic": 8, "reorder": 6}  # instructions in one conversation

@@ -51,22 +51,12 @@ STORY_PROMPTS = (
     "I would like a story. Hero: {hero} the {species}. Object: {object}. Place: {place}.",
     "Make up a story: {hero} the {species} finds a {object} {at_place}.",
 )
-TRAIT_WISH = ("{hero} should be {trait}.", "Make {hero} {trait}.")
-HELPER_WISH = ("{helper} the {helper_species} should help.", "Let {helper} the {helper_species} help.")
 
 
 def story_task(rng: random.Random, split: str) -> Task:
     facts = draw_facts(rng, split)
-    wishes: list[tuple[str, ...]] = [STORY_PROMPTS]
     check = {"hero": facts.hero.name, "object": facts.object, "place": facts.place.name}
-    if rng.random() < 0.3:
-        wishes.append(TRAIT_WISH)
-        check["trait"] = facts.trait
-    if facts.helper and rng.random() < 0.3:
-        wishes.append(HELPER_WISH)
-        check["helper"] = facts.helper.name
-    prompt = " ".join(fill(rng, rng.choice(patterns), facts) for patterns in wishes)
-    return Task("story", prompt, write_story(rng, facts).text, check)
+    return Task("story", fill(rng, rng.choice(STORY_PROMPTS), facts), write_story(rng, facts).text, check)
 
 
 def check_story(check: dict[str, Any], answer: str) -> bool:

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+
+from minimoe.data.loader import open_validation
+from minimoe.evaluate import Evaluation, evaluate_model, evaluate_source, run
+from minimoe.tokenizer import document_ids
+
+TEXTS = ["The cat sat on the mat.", "Once upon a time there was a boat, a very long boat indeed, and it sailed.", "Hi."]
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_tokenizer):
+    model = tiny_model(vocab_size=448).eval()
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+def test_bits_per_byte_is_the_surprise_of_every_token_over_the_bytes_of_the_text(
+    folder, tiny_tokenizer, write_jsonl, data_config
+):
+    _, model = folder
+    data = data_config(str(write_jsonl([{"text": text} for text in TEXTS])), sequence_length=64)
+    validation = open_validation(data.train, data, tiny_tokenizer, "pretrain")
+    result = evaluate_model(model.train(), validation, batch_size=2)
+    assert model.training  # the mode is given back
+    model.eval()
+    nats, tokens = 0.0, 0
+    for text in TEXTS:
+        ids = torch.tensor([document_ids(tiny_tokenizer, text)])
+        nats += F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    assert result.num_tokens == tokens
+    assert result.num_bytes == num_bytes
+    assert result.loss == pytest.approx(nats / tokens, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_the_command_scores_a_folder_and_prints_json(folder, write_jsonl, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache of tokenised data
+    path = write_jsonl([{"text": text} for text in TEXTS])
+    run(str(folder[0]), str(path), json_output=True, batch_size=2, device="cpu")
+    printed = json.loads(capsys.readouterr().out)
+    result = evaluate_source(str(folder[0]), str(path), batch_size=3, device="cpu")
+    assert printed["num_bytes"] == result.num_bytes
+    assert printed["bits_per_byte"] == pytest.approx(result.bits_per_byte, rel=1e-5)
+
+
+def test_answers_only_counts_what_the_assistant_says(folder, write_jsonl, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = [{"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "On the mat."}]}]
+    path = write_jsonl(rows)
+    answers = evaluate_source(str(folder[0]), str(path), answers_only=True, device="cpu")
+    whole = evaluate_source(str(folder[0]), str(path), device="cpu")
+    assert answers.num_bytes == len("On the mat.")
+    assert answers.num_tokens < whole.num_tokens
+
+
+def test_a_hopeless_model_has_an_infinite_perplexity_and_not_an_overflow():
+    assert Evaluation(loss=1000.0, num_tokens=1, num_bytes=1).perplexity == math.inf
