@@ -40,8 +40,7 @@ def route(case: str, num_tokens: int, k: int) -> torch.Tensor:
 def run(dispatch, dtype, expert_ids):
     """Value and gradients of tokens, weights and every expert parameter."""
     torch.manual_seed(1)
-    config = tiny_config(hidden_size=HIDDEN, num_experts=NUM_EXPERTS, moe_intermediate_size=WIDTH)
-    experts = Experts(config).to(dtype)
+    experts = Experts(NUM_EXPERTS, HIDDEN, WIDTH).to(dtype)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     num_tokens, k = expert_ids.shape

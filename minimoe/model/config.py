@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from minimoe.model.dispatch import DISPATCHES
+
 # Written into config.json by transformers or accepted by every config, beside the declared fields.
 _FOREIGN_KEYS = frozenset(
     "model_type auto_map architectures transformers_version torch_dtype _name_or_path name_or_path "
@@ -165,9 +167,6 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _dispatch_problems(get: Mapping[str, Any]) -> dict[str, str]:
-    # Imported here because the dispatches work on experts, whose shapes come from this module.
-    from minimoe.model.dispatch import DISPATCHES
-
     return {
         key: f"unknown dispatch {get[key]!r}, known: {', '.join(DISPATCHES)}"
         for key in ("train_dispatch", "eval_dispatch")

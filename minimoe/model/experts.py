@@ -17,18 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minimoe.model.config import MiniMoeConfig
 from minimoe.model.precision import to_compute_dtype
 
 
 class Experts(nn.Module):
     """E SwiGLU experts. `gate_up_proj` (E, 2I, D) holds gate first, `down_proj` is (E, D, I)."""
 
-    def __init__(self, config: MiniMoeConfig) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, width: int) -> None:
         super().__init__()
-        num_experts, width = config.num_experts, config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, width))
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Apply expert e to rows[ends[e-1]:ends[e]].

@@ -20,7 +20,7 @@ class MoEFeedForward(nn.Module):
     def __init__(self, config: MiniMoeConfig) -> None:
         super().__init__()
         self.gate = TopKRouter(config)
-        self.experts = Experts(config)
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size)
         self.shared_experts = (
             SwiGLU(config, config.n_shared_experts * config.moe_intermediate_size) if config.n_shared_experts else None
         )
