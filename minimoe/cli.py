@@ -32,8 +32,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run tha
 ModelDir = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="model folder, e.g. runs/quickstart/sft/final")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="decoding settings, e.g. temperature=0")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="decoding settings, as temperature=0 or --temperature 0: max_new_tokens, temperature, top_k, top_p, min_p, "
+        "repetition_penalty, stop, seed, batch_size",
+    ),
 ]
+# Lets every decoding setting be written as a flag too, without naming each of them here again.
+FLAGS = {"ignore_unknown_options": True}
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a generation: section")]
 
 
@@ -93,7 +100,8 @@ def preview(
 
 
 @app.command(
-    epilog='Example: minimoe generate runs/quickstart/pretrain/final --prompt "Once upon a time" temperature=0.7'
+    context_settings=FLAGS,
+    epilog='Example: minimoe generate runs/quickstart/pretrain/final --prompt "Once upon a time" --temperature 0.7',
 )
 def generate(
     model_dir: ModelDir,
@@ -112,7 +120,11 @@ def generate(
     run(model_dir, read_prompts(prompt, file, sys.stdin), loaded, json_output=json_output, device=device)
 
 
-@app.command(name="chat", epilog='Example: minimoe chat runs/quickstart/sft/final --system "Answer briefly."')
+@app.command(
+    name="chat",
+    context_settings=FLAGS,
+    epilog='Example: minimoe chat runs/quickstart/sft/final --system "Answer briefly."',
+)
 def chat_command(
     model_dir: ModelDir,
     settings: Settings = None,
@@ -156,7 +168,18 @@ def evaluate(
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
     from minimoe.config import GenerateRun, load_config
 
-    return load_config(GenerateRun, config, [f"generation.{override}" for override in overrides]).generation
+    return load_config(GenerateRun, config, [f"generation.{word}" for word in _join_flags(overrides)]).generation
+
+
+def _join_flags(words: list[str]) -> list[str]:
+    """`--top-k 5` and `--top-k=5` as `top_k=5`; `key=value` stays."""
+    joined, rest = [], iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            word = f"{name.replace('-', '_')}={value if equals else next(rest, '')}"
+        joined.append(word)
+    return joined
 
 
 def main() -> NoReturn:

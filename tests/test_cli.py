@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from minimoe.cli import _generation_settings
+from minimoe.errors import UserError
+
+
+def test_decoding_settings_are_flags_or_overrides(tmp_path):
+    path = tmp_path / "generate.yaml"
+    path.write_text("generation: {top_k: 3, seed: 5}\n")
+    words = ["--temperature", "0", "--max-new-tokens=7", "top_p=0.5", "--stop", "[a, b]", "--top-k", "9"]
+    settings = _generation_settings(path, words)
+    assert (settings.temperature, settings.max_new_tokens, settings.top_p) == (0, 7, 0.5)
+    assert (settings.top_k, settings.seed, settings.stop) == (9, 5, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temprature", "1"], "did you mean 'temperature'"),
+        (["--top-p", "0"], "greater than 0, got 0"),
+        (["--temperature", "-1"], "greater than or equal to 0"),
+        (["--temperature"], "temperature"),
+        (["hello"], "is not key=value"),
+    ],
+)
+def test_a_wrong_flag_is_named(words, message):
+    with pytest.raises(UserError, match=message):
+        _generation_settings(None, words)
