@@ -35,7 +35,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="decoding settings, as temperature=0 or --temperature 0: max_new_tokens, temperature, top_k, top_p, min_p, "
+        help="decoding settings, as top_k=5 or --top-k 5: max_new_tokens, temperature, top_k, top_p, min_p, "
         "repetition_penalty, stop, seed, batch_size",
     ),
 ]
