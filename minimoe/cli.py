@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError
+from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted
 
 app = typer.Typer(
     name="minimoe",
@@ -194,7 +194,7 @@ def main() -> NoReturn:
     except MinimoeError as error:
         if os.environ.get("MINIMOE_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error if isinstance(error, Preempted) else f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,12 @@ from tiny import relative_error, tiny_config
 
 from minimoe.cli import main
 from minimoe.config import PretrainRun, SftRun
+from minimoe.errors import UserError
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
 from minimoe.train import pretrain, sft
 from minimoe.train.loop import _update_selection_bias
+from minimoe.train.run_folder import run_folder
 
 STORIES = [
     f"The {animal} went to the {place} and found a {thing}."
@@ -165,7 +169,8 @@ def test_a_run_leaves_what_others_rely_on(pretrain_config):
     config = pretrain_config(sample_every=3, sample_prompts=["The cat"], sample_tokens=4)
     final = pretrain.run(config)
     folder = Path(config.output_dir)
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert visible == {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"step-00000004", "step-00000006"}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= {
         p.name for p in final.iterdir()
@@ -375,6 +380,40 @@ def test_a_used_folder_needs_resume_or_overwrite(pretrain_config, monkeypatch, t
     assert "--overwrite deletes it" in error
     assert run_command(monkeypatch, "pretrain", path, "--resume") == 0
     assert run_command(monkeypatch, "pretrain", path, "--overwrite") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_once_and_exits_75_and_resume_completes(number, tmp_path, pretrain_config):
+    config = pretrain_config(max_steps=100_000, save_every=100_000, eval_every=100_000)
+    path = write_yaml(tmp_path / "config.yaml", config)
+    command = [sys.executable, "-m", "minimoe.cli", "pretrain", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert f"stopped by {number.name} after step" in error
+    assert "Traceback" not in error
+    (saved,) = (Path(config.output_dir) / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert training_rows(config.output_dir)[-1]["step"] == step
+    ended = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": step + 1})})
+    pretrain.run(ended, resume=True)
+    assert training_rows(config.output_dir)[-1]["step"] == step + 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_names_the_first(pretrain_config):
+    config = pretrain_config(max_steps=1)
+    with (
+        run_folder(config, resume=False, overwrite=False),
+        pytest.raises(UserError, match=f"in use by process {os.getpid()} on") as refused,
+    ):
+        pretrain.run(config, resume=True)
+    assert refused.value.exit_code == 2
+    pretrain.run(config, resume=True)  # the lock went with its owner
 
 
 def test_wandb_offline_needs_no_key_and_keeps_its_run_when_resumed(pretrain_config, monkeypatch):

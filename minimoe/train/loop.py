@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from minimoe.config import GenerationSection, TrainConfig, TrainingRun
 from minimoe.data.loader import Batch, Data
-from minimoe.errors import NonFiniteError, UserError
+from minimoe.errors import NonFiniteError, Preempted, UserError
 from minimoe.evaluate import evaluate_model
 from minimoe.generation.engine import Engine
 from minimoe.loading import quiet_transformers
@@ -34,6 +34,7 @@ from minimoe.train import checkpoint
 from minimoe.train.checkpoint import TrainerState
 from minimoe.train.metrics import MetricsLogger
 from minimoe.train.optim import Muon, build_optimizers, lr_at_step, newton_schulz, set_lr
+from minimoe.train.preemption import StopRequest
 
 _LEFT_OUT = ("bad_rows", "empty_rows", "dropped", "truncated")  # of the counts of the data
 
@@ -75,6 +76,7 @@ def fit(
 
     Raises:
         NonFiniteError: loss or gradient norm is NaN or infinite.
+        Preempted: SIGTERM or Ctrl-C; the run is saved.
     """
     folder, train = Path(config.output_dir), config.train
     if train.batch_size < accelerator.num_processes:
@@ -107,7 +109,7 @@ def fit(
         config=config.model_dump(mode="json"),
         enabled=accelerator.is_main_process,
     )
-    with logger:
+    with logger, StopRequest() as stop:
         state.wandb_run_id = logger.wandb_run_id
         wrapped.train()
         clock, tokens_at_clock = time.perf_counter(), state.tokens
@@ -157,10 +159,17 @@ def fit(
                 )
             if train.sample_every and (state.step % train.sample_every == 0 or last) and accelerator.is_main_process:
                 _log_samples(model, tokenizer, config, logger, state.step)
-            if state.step % train.save_every == 0 or last:
+            stopping = stop.agreed(accelerator) and not last
+            if state.step % train.save_every == 0 or last or stopping:
                 if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
                     state.best_val_loss, state.best_step = val_loss, state.step
                 _save(checkpoints, model, tokenizer, optimizers, state, train, accelerator)
+            if stopping:
+                raise Preempted(
+                    f"stopped by {stop.signal_name or 'another process'} after step {state.step} of {total_steps}; "
+                    "everything is saved",
+                    mend="start the same command with --resume",
+                )
             clock += time.perf_counter() - paused  # tokens per second are of training alone
 
     return _export_final(folder, model, tokenizer, accelerator)

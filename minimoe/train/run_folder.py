@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from minimoe.config import TrainingRun, dump_config
 from minimoe.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 _OURS = ("checkpoints", "final", "metrics.jsonl", CONFIG_FILE, "wandb")
+_LOCK, _OWNER = ".lock", ".owner"
 
 
-def open_run_folder(config: TrainingRun, *, resume: bool, overwrite: bool) -> Path:
-    """Make `output_dir` ready and write the resolved config into it.
+@contextmanager
+def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: bool = True) -> Iterator[None]:
+    """Own `output_dir` while the run lasts, with the resolved config in it.
+
+    The lock is the operating system's and goes with the process, however that ends: kill -9 leaves nothing to clean.
+
+    Args:
+        enabled: False on all ranks but the first.
 
     Raises:
-        UserError: the folder holds a run and neither resume nor overwrite was asked for, or it cannot be written.
+        UserError: another run is writing there; the folder holds a run and neither resume nor overwrite was asked
+            for; or it cannot be written.
     """
+    if not enabled:
+        yield
+        return
     folder = Path(config.output_dir)
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output_dir {folder} is in use by {_read_owner(folder)}",
+            mend="wait for that run or stop it, or choose another output_dir",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written: {error.strerror or error}", mend="choose another output_dir"
+        ) from None
+    try:
+        _prepare(folder, config, resume, overwrite)
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(folder: Path, config: TrainingRun, resume: bool, overwrite: bool) -> None:
     used = [name for name in _OURS if (folder / name).exists()]
     if used and not (resume or overwrite):
         raise UserError(
@@ -29,11 +67,12 @@ def open_run_folder(config: TrainingRun, *, resume: bool, overwrite: bool) -> Pa
         for name in used:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    (folder / _OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+
+
+def _read_owner(folder: Path) -> str:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"output_dir {folder} cannot be written: {error.strerror}", mend="choose another output_dir"
-        ) from None
-    return folder
+        return (folder / _OWNER).read_text(encoding="utf-8")
+    except OSError:
+        return "another process"
