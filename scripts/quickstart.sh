@@ -8,17 +8,22 @@ RUN=runs/quickstart
 DATA=data/quickstart
 mkdir -p "$RUN"
 
-stage() { # stage NAME DONE_FILE COMMAND...: run the command unless DONE_FILE exists, and say how long it took
+timed() { # timed NAME COMMAND...: run the command and say how long it took
+  local name=$1 started=$SECONDS
+  shift
+  printf '\n== %s: %s\n' "$name" "$*"
+  "$@"
+  printf '== %s took %d s\n' "$name" $((SECONDS - started))
+}
+
+stage() { # stage NAME DONE_FILE COMMAND...: the same, unless DONE_FILE is there already
   local name=$1 done_file=$2
   shift 2
   if [ -e "$done_file" ]; then
     printf '\n== %s: already done (%s)\n' "$name" "$done_file"
-    return
+  else
+    timed "$name" "$@"
   fi
-  printf '\n== %s: %s\n' "$name" "$*"
-  local started=$SECONDS
-  "$@"
-  printf '== %s took %d s\n' "$name" $((SECONDS - started))
 }
 
 resume() { # --resume when the run has begun, nothing on the first start
@@ -32,13 +37,10 @@ stage data "$DATA/test.jsonl" python scripts/make_quickstart_data.py --out "$DAT
 stage tokenizer "$RUN/tokenizer/tokenizer.json" minimoe tokenizer configs/quickstart/tokenizer.yaml
 stage pretrain "$RUN/pretrain/final/config.json" minimoe pretrain configs/quickstart/pretrain.yaml $(resume pretrain)
 stage sft "$RUN/sft/final/config.json" minimoe sft configs/quickstart/sft.yaml $(resume sft)
-stage evaluate "$RUN/evaluated" sh -c "minimoe evaluate $RUN/pretrain/final --data $DATA/valid_stories.jsonl && touch $RUN/evaluated"
-
-printf '\n== generate: the pretrained model continues a text\n'
-minimoe generate "$RUN/pretrain/final" --config configs/quickstart/generate.yaml --prompt "Once upon a time"
-
-printf '\n== score: the fine-tuned model follows 200 instructions it has never seen\n'
-python scripts/score_quickstart.py --model "$RUN/sft/final" --pretrained "$RUN/pretrain/final" --data "$DATA" --out "$RUN/score.json"
+timed evaluate minimoe evaluate "$RUN/pretrain/final" --data "$DATA/valid_stories.jsonl"
+timed generate minimoe generate "$RUN/pretrain/final" --config configs/quickstart/generate.yaml --prompt "Once upon a time"
+timed score python scripts/score_quickstart.py --model "$RUN/sft/final" --pretrained "$RUN/pretrain/final" \
+  --data "$DATA" --out "$RUN/score.json"
 
 cat <<END
 

@@ -89,7 +89,8 @@ def examples(answered: list[Row]) -> tuple[Row, list[Row]]:
 
 def show(console: Console, report: Row) -> None:
     story = report["story"]
-    console.print(Panel(Text(story["answer"]), title=Text(story["messages"][0]["content"])))
+    console.print(Text(story["messages"][0]["content"], style="dim"))
+    console.print(Panel(Text(story["answer"])))
     for row in report["instructions"]:
         tick = "[green]✓[/]" if row["correct"] else "[red]✗[/]"
         console.print(Text(row["messages"][0]["content"], style="dim"))
