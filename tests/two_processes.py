@@ -49,6 +49,11 @@ def main(config_path: str, folder: str) -> None:
             "hashes": hashes,
         }
         torch.save(result, f"{folder}/result.pt")
+    # The wrapper must go before the process group: as its last owner it would join gloo's thread while holding the
+    # interpreter's lock, which that thread may be waiting for.
+    accelerator.wait_for_everyone()
+    del wrapped
+    accelerator.free_memory()
     accelerator.end_training()
 
 

@@ -349,7 +349,10 @@ def _print_plan(
     }
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", value)
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width of its own
+    console.print(table)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
