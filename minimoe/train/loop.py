@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minimoe.config import GenerationSection, TrainConfig, TrainingRun
-from minimoe.data.loader import Batch, Data
+from minimoe.data.loader import Batch, Data, Validation
 from minimoe.errors import NonFiniteError, Preempted, UserError
 from minimoe.evaluate import evaluate_model
 from minimoe.generation.engine import Engine
@@ -129,16 +129,11 @@ def fit(
 
             last = state.step == total_steps
             if state.step % train.log_every == 0 or last:
-                elapsed = time.perf_counter() - clock
-                row: dict[str, Any] = {"step": state.step, "tokens": state.tokens}
+                row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "lr": config.optimizer.lr * factor}
                 row |= {name: value.item() for name, value in terms.items()}
-                row |= {
-                    "lr": config.optimizer.lr * factor,
-                    "grad_norm": float(grad_norm),
-                    "tokens_per_second": (state.tokens - tokens_at_clock) / elapsed,
-                    "batch_hash": batch.digest(),
-                    "expert_load": _expert_load(expert_counts),
-                }
+                row |= {"grad_norm": float(grad_norm), "batch_hash": batch.digest()}
+                row["tokens_per_second"] = (state.tokens - tokens_at_clock) / (time.perf_counter() - clock)
+                row["expert_load"] = _expert_load(expert_counts)
                 logger.log_training(row)
                 clock, tokens_at_clock = time.perf_counter(), state.tokens
             else:
@@ -147,16 +142,7 @@ def fit(
             paused = time.perf_counter()
             val_loss = None
             if data.validation is not None and (state.step % train.eval_every == 0 or last):
-                result = evaluate_model(model, data.validation, _micro_rows(train, accelerator), accelerator)
-                val_loss = result.loss
-                logger.log_evaluation(
-                    {
-                        "step": state.step,
-                        "val_loss": result.loss,
-                        "val_perplexity": result.perplexity,
-                        "val_bits_per_byte": result.bits_per_byte,
-                    }
-                )
+                val_loss = _validate(model, data.validation, train, accelerator, logger, state.step)
             if train.sample_every and (state.step % train.sample_every == 0 or last) and accelerator.is_main_process:
                 _log_samples(model, tokenizer, config, logger, state.step)
             stopping = stop.agreed(accelerator) and not last
@@ -212,6 +198,16 @@ def _forward_backward(
     if world > 1:
         totals, counts = accelerator.reduce(totals), accelerator.reduce(counts)
     return dict(zip(("loss", "lm_loss", "load_balancing_loss", "router_z_loss"), totals, strict=True)), counts
+
+
+def _validate(
+    model: Any, validation: Validation, train: TrainConfig, accelerator: Accelerator, logger: MetricsLogger, step: int
+) -> float:
+    """Score the held-out documents, log the result and return the loss (nats per token)."""
+    result = evaluate_model(model, validation, _micro_rows(train, accelerator), accelerator)
+    row = {"step": step, "val_loss": result.loss, "val_perplexity": result.perplexity}
+    logger.log_evaluation(row | {"val_bits_per_byte": result.bits_per_byte})
+    return result.loss
 
 
 def _micro_rows(train: TrainConfig, accelerator: Accelerator) -> int:
