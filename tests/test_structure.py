@@ -13,15 +13,16 @@ PACKAGE = Path(__file__).parent.parent / "minimoe"
 # Each room may import itself and what stands below it.
 BELOW = {
     "errors": set(),
+    "failpoints": set(),
     "model": set(),
     "strict_yaml": {"errors"},
     "config": {"strict_yaml", "errors", "model"},
     "tokenizer": {"config", "errors", "model"},
-    "data": {"tokenizer", "config", "errors", "model"},
+    "data": {"tokenizer", "config", "errors", "model", "failpoints"},
     "loading": {"tokenizer", "config", "errors", "model"},
-    "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model"},
+    "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
     "generation": {"loading", "tokenizer", "config", "errors", "model"},
-    "train": {"generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model"},
+    "train": {"generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
     "cli": {"train", "generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
