@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted
+from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, MinimoeError, Preempted
 
 app = typer.Typer(
     name="minimoe",
@@ -39,6 +40,7 @@ Settings = Annotated[
         "repetition_penalty, stop, seed, batch_size",
     ),
 ]
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # Lets every decoding setting be written as a flag too, without naming each of them here again.
 FLAGS = {"ignore_unknown_options": True}
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a generation: section")]
@@ -202,13 +204,13 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        if not os.environ.get("MINIMOE_DEBUG"):
-            print(
-                f"error: a bug in minimoe ({type(error).__name__}: {error}); run again with --debug",
-                file=sys.stderr,
-            )
-            sys.exit(EXIT_BUG)
-        raise
+        if os.environ.get("MINIMOE_DEBUG"):
+            raise
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            print(f"error: {error.strerror}\n  at: {error.filename or 'a file being written'}", file=sys.stderr)
+            sys.exit(EXIT_IO)
+        print(f"error: a bug in minimoe ({type(error).__name__}: {error}); run again with --debug", file=sys.stderr)
+        sys.exit(EXIT_BUG)
     sys.exit(0)
 
 

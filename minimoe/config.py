@@ -8,12 +8,14 @@ ever mutated. Resolution order: defaults < YAML < `key.sub=value` overrides.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,7 +26,7 @@ from pydantic import (
 )
 
 from minimoe.errors import UserError
-from minimoe.strict_yaml import Loader, read_yaml
+from minimoe.strict_yaml import parse, read_yaml
 
 
 class Section(BaseModel):
@@ -42,6 +44,26 @@ class Section(BaseModel):
         if isinstance(value, str) and annotation is bool:
             raise ValueError("write true or false")
         return value
+
+
+def _own_folder(value: str) -> str:
+    expanded = os.path.expanduser(value)  # leaves "~nobody" as it is
+    folder = os.path.realpath(expanded)
+    if not value.strip() or expanded.startswith("~") or folder == os.path.dirname(folder):
+        raise ValueError("must name a folder that a run can have for itself")
+    return value
+
+
+def _plain_name(value: str) -> str:
+    if not value.strip() or value in (".", "..") or set(value) & set("/\\"):
+        raise ValueError("must be a plain name, without a path in it")
+    return value
+
+
+OutputDir = Annotated[str, AfterValidator(_own_folder)]
+Name = Annotated[str, AfterValidator(_plain_name)]
+# torch's generators take no larger seed.
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class SourceConfig(Section):
@@ -74,10 +96,10 @@ class DataConfig(Section):
     max_validation_documents: int | None = Field(
         2000, ge=1, description="held-out documents scored at each validation; the rest stay unused"
     )
-    sequence_length: int = Field(512, ge=8, description="tokens per training row")
+    sequence_length: int = Field(512, ge=8, le=1 << 20, description="tokens per training row")
     max_documents: int | None = Field(None, ge=1, description="read at most this many documents per source")
     on_bad_rows: Literal["error", "skip"] = Field("error", description="malformed rows: stop, or skip and count")
-    num_processes: int | None = Field(None, ge=1, description="tokenisation processes; null: one per core")
+    num_processes: int | None = Field(None, ge=1, le=1024, description="tokenisation processes; null: one per core")
     cache_dir: str = Field("~/.cache/minimoe", description="folder of tokenised shards")
 
     @field_validator("train", "validation", mode="before")
@@ -138,6 +160,12 @@ class TrainConfig(Section):
         None, ge=1, description="rows per forward pass and process; null: no gradient accumulation"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+    max_skipped_steps: int = Field(
+        3, ge=0, description="steps with a NaN or infinite loss or gradient skipped in a row; one more ends the run"
+    )
+    on_loss_spike: Literal["warn", "skip"] = Field(
+        "warn", description="a loss more than 6 standard deviations above its running mean: warn, or skip the step too"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: the fastest one present")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward to save memory")
@@ -163,14 +191,14 @@ class LoggingConfig(Section):
     """Where metrics go beside the console and metrics.jsonl."""
 
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases; offline needs no key")
-    project: str = Field("minimoe", description="wandb project")
-    run_name: str | None = Field(None, description="wandb run name; null: the output folder's name")
+    project: Name = Field("minimoe", description="wandb project")
+    run_name: Name | None = Field(None, description="wandb run name; null: the output folder's name")
 
 
 class TokenizerSection(Section):
     """Byte-level BPE."""
 
-    vocab_size: int = Field(4096, ge=300, description="tokens, the 256 bytes and the special tokens included")
+    vocab_size: int = Field(4096, ge=300, le=1 << 20, description="tokens, the 256 bytes and the special tokens included")
     max_training_bytes: int = Field(
         200_000_000, ge=1, description="bytes of text the merges are learned from, read from the start"
     )
@@ -180,21 +208,28 @@ class GenerationSection(Section):
     """Decoding settings."""
 
     max_new_tokens: int = Field(256, ge=1, description="tokens generated per prompt at most")
-    temperature: float = Field(0.8, ge=0, description="0 is greedy")
+    temperature: float = Field(0.8, ge=0, le=1000, description="0 is greedy, else at least 0.001")
     top_k: int = Field(0, ge=0, description="keep the k likeliest tokens, 0 = all")
     top_p: float = Field(0.95, gt=0, le=1, description="keep the smallest set with this probability mass")
     min_p: float = Field(0.0, ge=0, le=1, description="drop tokens below this share of the likeliest one's")
-    repetition_penalty: float = Field(1.0, gt=0, description="divide logits of tokens already seen; 1 = off")
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="divide logits of tokens already seen; 1 = off")
     stop: tuple[str, ...] = Field((), description="texts that end the generation")
-    seed: int = Field(0, ge=0, description="seed of the sampling")
+    seed: Seed = Field(0, description="seed of the sampling")
     chat: bool = Field(False, description="wrap the prompt in the chat template")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_divisible(cls, value: float) -> float:
+        if 0 < value < 1e-3:  # logits divided by it overflow float32
+            raise ValueError("must be 0 (greedy) or at least 0.001")
+        return value
 
 
 class TokenizerRun(Section):
     """`minimoe tokenizer`: train a tokenizer."""
 
-    output_dir: str = Field(description="folder the tokenizer is written to")
+    output_dir: OutputDir = Field(description="folder the tokenizer is written to")
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataConfig
 
@@ -202,8 +237,8 @@ class TokenizerRun(Section):
 class PretrainRun(Section):
     """`minimoe pretrain`: train a model from scratch."""
 
-    output_dir: str = Field(description="folder of the run")
-    seed: int = Field(0, ge=0, description="seed of weights, data order and split")
+    output_dir: OutputDir = Field(description="folder of the run")
+    seed: Seed = Field(0, description="seed of weights, data order and split")
     tokenizer: str = Field(description="tokenizer folder or hub name")
     model: dict[str, Any] = Field(description="architecture, the keys of MiniMoeConfig")
     data: DataConfig
@@ -216,11 +251,16 @@ class PretrainRun(Section):
     @classmethod
     def _architecture(cls, value: dict[str, Any]) -> dict[str, Any]:
         # Imported here: the architecture's rules need transformers, and most configs are read without it.
-        from minimoe.model.config import architecture_problems
+        from minimoe.model.config import architecture_problems, num_parameters
 
         problems = architecture_problems(value)
         if problems:
             raise ValueError("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
+        count, memory = num_parameters(value), _physical_memory()
+        if 4 * count > memory:
+            raise ValueError(
+                f"{count:,} float32 parameters need {4 * count / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB"
+            )
         return value
 
     @model_validator(mode="after")
@@ -232,8 +272,8 @@ class PretrainRun(Section):
 class SftRun(Section):
     """`minimoe sft`: fine-tune a model on conversations."""
 
-    output_dir: str = Field(description="folder of the run")
-    seed: int = Field(0, ge=0, description="seed of data order and split")
+    output_dir: OutputDir = Field(description="folder of the run")
+    seed: Seed = Field(0, description="seed of data order and split")
     init_from: str = Field(description="model folder to start from; the architecture comes from it")
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -266,7 +306,12 @@ def load_config(kind: type[Run], path: str | Path | None, overrides: Sequence[st
     """
     values, lines = ({}, {}) if path is None else read_yaml(Path(path))
     source = str(path) if path is not None else "overrides"
+    given: set[str] = set()
     for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in given:
+            raise UserError(f"{key} is given twice", where="the command line", mend="keep one of the two")
+        given.add(key)
         _apply_override(values, lines, override)
     try:
         return kind.model_validate(values)
@@ -290,6 +335,14 @@ def suggestion(key: str, known: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def _physical_memory() -> float:
+    """Bytes of this machine's memory; infinity where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 def _check_warmup(schedule: ScheduleConfig, train: TrainConfig) -> None:
     if train.max_steps is not None and schedule.warmup_steps > train.max_steps:
         raise ValueError(
@@ -301,11 +354,11 @@ def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str
     """Set one `key.sub=value`; the value is parsed as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"override {override!r} is not key=value", mend="write it like train.max_steps=100")
+        raise UserError(f"override {shorten(override)} is not key=value", mend="write it like train.max_steps=100")
     try:
-        value = yaml.load(text, Loader=Loader)
-    except (yaml.YAMLError, RecursionError):
-        raise UserError(f"override {override!r}: the value is not valid YAML", mend="quote it") from None
+        value = parse(text, "the value")
+    except UserError as error:
+        raise UserError(f"override {shorten(override)}: {error.what}", mend="quote the value") from None
     *parents, last = key.strip().split(".")
     target = values
     for depth, parent in enumerate(parents):
@@ -313,11 +366,11 @@ def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str
         if not isinstance(child, dict):
             dotted = ".".join(parents[: depth + 1])
             raise UserError(
-                f"override {override!r}: {dotted} is a value, not a section", mend=f"override {dotted} itself"
+                f"override {shorten(override)}: {dotted} is a value, not a section", mend=f"override {dotted} itself"
             )
         target = child
     target[last] = value
-    lines[key.strip()] = f"override {override!r}"
+    lines[key.strip()] = f"override {shorten(override)}"
 
 
 def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, lines: dict[str, str]) -> UserError:
@@ -332,7 +385,7 @@ def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, l
         elif item["type"] == "missing":
             message = "required, but missing"
         elif "input" in item and not isinstance(item["input"], dict) and "got" not in message:
-            message = f"{message[0].lower()}{message[1:]}, got {_shorten(item['input'])}"
+            message = f"{message[0].lower()}{message[1:]}, got {shorten(item['input'])}"
         place = _nearest_line(dotted, lines, source)
         problems.append(f"{dotted + ': ' if dotted else ''}{message} ({place})")
     if len(problems) == 1:
@@ -372,6 +425,7 @@ def _nearest_line(dotted: str, lines: dict[str, str], source: str) -> str:
     return source
 
 
-def _shorten(value: Any, limit: int = 60) -> str:
+def shorten(value: Any, limit: int = 60) -> str:
+    """A value as messages show it."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

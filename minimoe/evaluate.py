@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from minimoe.failpoints import failpoint
 from minimoe.model.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -42,22 +44,36 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate_model(model: Any, validation: Validation, batch_size: int, accelerator: Any = None) -> Evaluation:
-    """Score a model; with an accelerator the batches are shared out among its processes."""
+def evaluate_model(
+    model: Any,
+    validation: Validation,
+    batch_size: int,
+    accelerator: Any = None,
+    poll: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Score a model; with an accelerator the batches are shared out among its processes.
+
+    Args:
+        poll: called before every batch on every process; it may raise to abandon the evaluation.
+    """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-    for index, batch in enumerate(validation.batches(batch_size)):
-        if index % world == rank:
-            batch = batch.to(device)
-            outputs = model(**batch.model_inputs(), skip_logits=True, use_cache=False)
-            num_tokens = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
-            totals += torch.stack((outputs.lm_loss.double() * num_tokens, num_tokens.double()))
+    try:
+        for index, batch in enumerate(validation.batches(batch_size)):
+            failpoint("evaluate.batch")
+            poll()
+            if index % world == rank:
+                batch = batch.to(device)
+                outputs = model(**batch.model_inputs(), skip_logits=True, use_cache=False)
+                num_tokens = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
+                totals += torch.stack((outputs.lm_loss.double() * num_tokens, num_tokens.double()))
+    finally:
+        model.train(was_training)
     if world > 1:
         totals = accelerator.reduce(totals)
-    model.train(was_training)
     nats, tokens = totals.tolist()
     return Evaluation(nats / max(tokens, 1), int(tokens), validation.num_bytes)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from minimoe.config import DataConfig
+from minimoe.config import DataConfig, PretrainRun, SftRun
 from minimoe.tokenizer import load_tokenizer, train_bpe
+from runs import CHATS, MODEL, STORIES
 
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",
@@ -50,5 +51,57 @@ def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
     def make(train: Any, **values: Any) -> DataConfig:
         defaults = {"cache_dir": str(tmp_path / "cache"), "sequence_length": 32, "num_processes": 1}
         return DataConfig.model_validate(defaults | {"train": train} | values)
+
+    return make
+
+
+@pytest.fixture
+def pretrain_config(tmp_path, write_jsonl, tiny_tokenizer_dir):
+    data = write_jsonl([{"text": text} for text in STORIES], "stories.jsonl")
+
+    def make(output: str = "run", model: dict | None = None, **train) -> PretrainRun:
+        values = {
+            "output_dir": str(tmp_path / output),
+            "tokenizer": str(tiny_tokenizer_dir),
+            "model": MODEL | (model or {}),
+            "data": {
+                "train": str(data),
+                "validation_fraction": 0.2,
+                "sequence_length": 32,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "optimizer": {"lr": 0.02},
+            "train": {
+                "max_steps": 6,
+                "batch_size": 4,
+                "precision": "fp32",
+                "log_every": 1,
+                "eval_every": 3,
+                "save_every": 2,
+            }
+            | train,
+        }
+        return PretrainRun.model_validate(values)
+
+    return make
+
+
+@pytest.fixture
+def sft_config(tmp_path, write_jsonl):
+    data = write_jsonl(CHATS, "chats.jsonl")
+
+    def make(init_from: Path, output: str = "sft", **train) -> SftRun:
+        values = {
+            "output_dir": str(tmp_path / output),
+            "init_from": str(init_from),
+            "data": {
+                "train": str(data),
+                "validation_fraction": 0,
+                "sequence_length": 32,
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "train": {"max_steps": 6, "batch_size": 4, "precision": "fp32", "log_every": 1, "save_every": 2} | train,
+        }
+        return SftRun.model_validate(values)
 
     return make

@@ -145,7 +145,7 @@ def test_minimind_recipes_have_the_published_sizes():
     import torch
 
     from minimoe import MiniMoeConfig, MiniMoeForCausalLM
-    from minimoe.train.loop import count_parameters
+    from minimoe.train.plan import count_parameters
 
     sizes = {}
     for path in RECIPES:

@@ -5,134 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import relative_error, tiny_config
 
-from minimoe.cli import main
-from minimoe.config import PretrainRun, SftRun
-from minimoe.errors import UserError
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
 from minimoe.train import pretrain, sft
 from minimoe.train.loop import _update_selection_bias
-from minimoe.train.run_folder import run_folder
-
-STORIES = [
-    f"The {animal} went to the {place} and found a {thing}."
-    for animal, place, thing in [
-        ("cat", "sea", "boat"),
-        ("dog", "moon", "hat"),
-        ("bird", "hill", "kite"),
-        ("fox", "lake", "drum"),
-        ("mouse", "barn", "bell"),
-        ("owl", "mill", "lamp"),
-        ("bear", "farm", "cake"),
-        ("frog", "pond", "ring"),
-    ]
-]
-CHATS = [
-    {"messages": [{"role": "user", "content": f"Where is the {a}?"}, {"role": "assistant", "content": f"On the {b}."}]}
-    for a, b in [("cat", "mat"), ("boat", "sea"), ("moon", "sky"), ("hat", "head"), ("bell", "barn"), ("kite", "hill")]
-]
-MODEL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 64,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-}
-
-
-@pytest.fixture
-def pretrain_config(tmp_path, write_jsonl, tiny_tokenizer_dir):
-    data = write_jsonl([{"text": text} for text in STORIES], "stories.jsonl")
-
-    def make(output: str = "run", model: dict | None = None, **train) -> PretrainRun:
-        values = {
-            "output_dir": str(tmp_path / output),
-            "tokenizer": str(tiny_tokenizer_dir),
-            "model": MODEL | (model or {}),
-            "data": {
-                "train": str(data),
-                "validation_fraction": 0.2,
-                "sequence_length": 32,
-                "cache_dir": str(tmp_path / "cache"),
-            },
-            "optimizer": {"lr": 0.02},
-            "train": {
-                "max_steps": 6,
-                "batch_size": 4,
-                "precision": "fp32",
-                "log_every": 1,
-                "eval_every": 3,
-                "save_every": 2,
-            }
-            | train,
-        }
-        return PretrainRun.model_validate(values)
-
-    return make
-
-
-@pytest.fixture
-def sft_config(tmp_path, write_jsonl):
-    data = write_jsonl(CHATS, "chats.jsonl")
-
-    def make(init_from: Path, output: str = "sft", **train) -> SftRun:
-        values = {
-            "output_dir": str(tmp_path / output),
-            "init_from": str(init_from),
-            "data": {
-                "train": str(data),
-                "validation_fraction": 0,
-                "sequence_length": 32,
-                "cache_dir": str(tmp_path / "cache"),
-            },
-            "train": {"max_steps": 6, "batch_size": 4, "precision": "fp32", "log_every": 1, "save_every": 2} | train,
-        }
-        return SftRun.model_validate(values)
-
-    return make
-
-
-def rows(folder: str | Path) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def training_rows(folder: str | Path) -> list[dict]:
-    """Rows of training steps without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(folder) if "loss" in row]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def run_command(monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["minimoe", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
-def write_yaml(path: Path, config) -> Path:
-    from minimoe.config import dump_config
-
-    path.write_text(dump_config(config), encoding="utf-8")
-    return path
+from runs import STORIES, rows, run_command, training_rows, write_yaml
 
 
 def test_the_real_commands_overfit_one_batch_and_say_it_back(
@@ -170,7 +55,7 @@ def test_a_run_leaves_what_others_rely_on(pretrain_config):
     final = pretrain.run(config)
     folder = Path(config.output_dir)
     visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert visible == {"config.yaml", "metrics.jsonl", "checkpoints", "final"}
+    assert visible == {"config.yaml", "status.json", "metrics.jsonl", "checkpoints", "final"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"step-00000004", "step-00000006"}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= {
         p.name for p in final.iterdir()
@@ -182,30 +67,6 @@ def test_a_run_leaves_what_others_rely_on(pretrain_config):
     validations = [row for row in rows(folder) if "val_loss" in row]
     assert [row["step"] for row in validations] == [3, 6]
     assert all(row["val_bits_per_byte"] > 0 for row in validations)
-
-
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
-@pytest.mark.parametrize("dense", [False, True], ids=["moe", "dense"])
-def test_stopping_and_resuming_gives_the_same_curve_and_weights_bit_for_bit(stage, dense, pretrain_config, sft_config):
-    model = {"attention_dropout": 0.1, "scoring_func": "sigmoid", "router_bias_update_rate": 0.01}
-    model |= {"first_k_dense_replace": 2} if dense else {}
-    make, run = pretrain_config, pretrain.run
-    if stage == "sft":
-        start = pretrain.run(pretrain_config("start", model, max_steps=2))
-        make, run = (lambda output, _=None, **train: sft_config(start, output, **train)), sft.run
-    whole = make("whole", model, max_steps=7)
-    run(whole)
-    # The schedule depends on max_steps, so the interrupted run has the same and loses its later checkpoints.
-    parts = make("parts", model, max_steps=7)
-    run(parts)
-    for name in ("step-00000006", "step-00000007"):
-        shutil.rmtree(Path(parts.output_dir) / "checkpoints" / name)
-    shutil.rmtree(Path(parts.output_dir) / "final")
-    torch.manual_seed(999)
-    final = run(parts, resume=True)
-    assert training_rows(parts.output_dir) == training_rows(whole.output_dir)
-    for name, tensor in weights(Path(whole.output_dir) / "final").items():
-        assert torch.equal(tensor, weights(final)[name]), name
 
 
 def test_gradients_with_accumulation_equal_those_of_the_whole_batch_with_uneven_masks():
@@ -369,51 +230,6 @@ def test_empty_data_and_an_overlong_prompt_exit_2(tmp_path, pretrain_config, mon
     capsys.readouterr()
     assert run_command(monkeypatch, "generate", Path(config.output_dir) / "final", "--prompt", "The cat " * 60) == 2
     assert "32" in capsys.readouterr().err
-
-
-def test_a_used_folder_needs_resume_or_overwrite(pretrain_config, monkeypatch, tmp_path, capsys):
-    path = write_yaml(tmp_path / "config.yaml", pretrain_config(max_steps=2))
-    assert run_command(monkeypatch, "pretrain", path) == 0
-    assert run_command(monkeypatch, "pretrain", path) == 2
-    error = capsys.readouterr().err
-    assert "--resume continues it" in error
-    assert "--overwrite deletes it" in error
-    assert run_command(monkeypatch, "pretrain", path, "--resume") == 0
-    assert run_command(monkeypatch, "pretrain", path, "--overwrite") == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_once_and_exits_75_and_resume_completes(number, tmp_path, pretrain_config):
-    config = pretrain_config(max_steps=100_000, save_every=100_000, eval_every=100_000)
-    path = write_yaml(tmp_path / "config.yaml", config)
-    command = [sys.executable, "-m", "minimoe.cli", "pretrain", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    metrics = Path(config.output_dir) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 75, error
-    assert f"stopped by {number.name} after step" in error
-    assert "Traceback" not in error
-    (saved,) = (Path(config.output_dir) / "checkpoints").iterdir()
-    step = int(saved.name.removeprefix("step-"))
-    assert training_rows(config.output_dir)[-1]["step"] == step
-    ended = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": step + 1})})
-    pretrain.run(ended, resume=True)
-    assert training_rows(config.output_dir)[-1]["step"] == step + 1
-
-
-def test_a_second_run_in_the_same_folder_is_refused_and_names_the_first(pretrain_config):
-    config = pretrain_config(max_steps=1)
-    with (
-        run_folder(config, resume=False, overwrite=False),
-        pytest.raises(UserError, match=f"in use by process {os.getpid()} on") as refused,
-    ):
-        pretrain.run(config, resume=True)
-    assert refused.value.exit_code == 2
-    pretrain.run(config, resume=True)  # the lock went with its owner
 
 
 def test_wandb_offline_needs_no_key_and_keeps_its_run_when_resumed(pretrain_config, monkeypatch):

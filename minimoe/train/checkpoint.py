@@ -2,8 +2,10 @@
 
 A checkpoint is a Hugging Face model folder (`config.json`, `model.safetensors`, tokenizer, generation config) plus
 `optimizer.safetensors` and `trainer.json`; nothing in it is a pickle. It is written to a temporary folder beside
-its place, every file and folder is synced, `manifest.json` gets each file's SHA-256, and one rename publishes it.
+its place, `manifest.json` gets each file's SHA-256, every file and folder is synced, and one rename publishes it.
 A reader trusts only what the manifest confirms, so a torn write or a flipped bit is found, not trained on.
+
+Training waits only for the copy of its state (`take_snapshot`); a `BackgroundSaver` writes it while training goes on.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,8 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minimoe.errors import CheckpointError, StorageError
+from minimoe.errors import CheckpointError, NonFiniteError, StorageError
+from minimoe.failpoints import failpoint
 from minimoe.loading import quiet_transformers
+from minimoe.train.guard import StepGuard
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"
@@ -44,6 +51,8 @@ class TrainerState:
     best_step: int | None = None
     wandb_run_id: str | None = None
     data_fingerprint: str = ""
+    config: dict[str, Any] = field(default_factory=dict)  # of the run, to tell what a resumed run changes
+    guard: StepGuard = field(default_factory=StepGuard)
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,58 @@ def take_snapshot(
     model: nn.Module, optimizers: list[Optimizer], state: TrainerState, rng: list[dict[str, Tensor]]
 ) -> Snapshot:
     """Copy what has to be saved."""
-    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-    return Snapshot(TrainerState(**asdict(state)), weights, _optimizer_tensors(optimizers), rng)
+    copies: dict[int, Tensor] = {}  # by address: tied tensors stay one, and are written once
+    weights = {
+        name: copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
+        for name, tensor in model.state_dict().items()
+    }
+    return Snapshot(_state_from(asdict(state)), weights, _optimizer_tensors(optimizers), rng)
+
+
+class BackgroundSaver:
+    """Writes snapshots to `root` on a thread of its own, one at a time, and prunes after each.
+
+    A failed save is raised in the training loop by the next `check`, `submit`, `wait`, or the end of the `with`.
+
+    Args:
+        model, tokenizer: give the config and the file formats; the weights are the snapshot's.
+        keep_last: newest verified checkpoints kept, beside the best one.
+    """
+
+    def __init__(self, root: Path, model: Any, tokenizer: Any, keep_last: int) -> None:
+        self._root, self._model, self._tokenizer, self._keep_last = root, model, tokenizer, keep_last
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+
+    def __enter__(self) -> BackgroundSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:  # otherwise the error that ends the run is the one to report
+            self.wait()
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Start to write; first waits for the previous save, if that is still going on."""
+        self.wait()
+        self._saving = self._thread.submit(self._save, snapshot)
+
+    def check(self) -> None:
+        """Raise the error of a save that has failed; does not wait."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def _save(self, snapshot: Snapshot) -> None:
+        save(self._root, snapshot, self._model, self._tokenizer)
+        prune(self._root, self._keep_last, snapshot.state.best_step)
 
 
 def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
@@ -72,42 +131,63 @@ def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
 
     Raises:
         StorageError: disk full, permission denied; what was there before is untouched.
+        NonFiniteError: a weight or moment is NaN or infinite; nothing was written.
     """
+    _check_finite(snapshot)
     target = root / f"step-{snapshot.state.step:08d}"
-    temporary = root / f"{_TEMPORARY}{target.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with written_whole(target) as folder:
+        failpoint("save.begin")
         with quiet_transformers():
-            model.save_pretrained(temporary, state_dict=dict(snapshot.weights))
-            tokenizer.save_pretrained(temporary)
+            model.save_pretrained(folder, state_dict=dict(snapshot.weights))
+            tokenizer.save_pretrained(folder)
+        failpoint("save.weights")
         tensors = dict(snapshot.optimizer)
         for rank, states in enumerate(snapshot.rng):
             tensors |= {f"rng.{rank}.{name}": tensor for name, tensor in states.items()}
-        save_file(tensors, temporary / OPTIMIZER_STATE)
-        (temporary / TRAINER_STATE).write_text(json.dumps(asdict(snapshot.state), indent=1))
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        publish(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(
-            f"cannot write checkpoint: {error.strerror or error}",
-            where=str(target),
-            mend="free space or permission, then --resume",
-        ) from error
+        save_file(tensors, folder / OPTIMIZER_STATE)
+        failpoint("save.optimizer")
+        (folder / TRAINER_STATE).write_text(json.dumps(asdict(snapshot.state), indent=1))
+        failpoint("save.state")
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in _files(folder)}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        failpoint("save.manifest")
     return target
 
 
-def publish(temporary: Path, target: Path) -> None:
-    """Sync a written folder to the disk and rename it to its place; an older `target` is replaced."""
-    for file in _files(temporary):
-        _sync(file)
-    _sync(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _sync(target.parent)
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target`, synced to the disk, when the block ends; an older one is replaced.
+
+    Raises:
+        StorageError: it cannot be written; the temporary folder is gone then.
+    """
+    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        failpoint("save.sync")
+        for file in _files(temporary):
+            _sync(file)
+        _sync(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        failpoint("save.rename")
+        temporary.rename(target)
+        failpoint("save.published")
+        _sync(target.parent)
+        _sync(target.parent.parent)  # which may have got its first checkpoint's folder just now
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # The writers of safetensors and tokenizers, in Rust, raise exceptions of their own for the system's errors.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise StorageError(
+            f"cannot write {target.name}: {reason}",
+            where=str(target),
+            mend="free space or give permission, then start the same command with --resume",
+        ) from error
 
 
 def verify(folder: Path) -> str | None:
@@ -165,6 +245,7 @@ def prune(root: Path, keep_last: int, best_step: int | None) -> None:
     verified = [folder for folder in _newest_first(root) if verify(folder) is None]
     for folder in verified[keep_last:]:
         if best_step is None or folder.name != f"step-{best_step:08d}":
+            failpoint("prune.delete")
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -176,7 +257,7 @@ def sweep(root: Path) -> None:
 
 def load_state(folder: Path) -> TrainerState:
     """The trainer's state of a verified checkpoint."""
-    return TrainerState(**json.loads((folder / TRAINER_STATE).read_text()))
+    return _state_from(json.loads((folder / TRAINER_STATE).read_text()))
 
 
 def restore(folder: Path, model: Any, optimizers: list[Optimizer], rank: int) -> TrainerState:
@@ -206,6 +287,20 @@ def set_rng(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _state_from(values: dict[str, Any]) -> TrainerState:
+    """The reverse of `asdict`."""
+    return TrainerState(**values | {"guard": StepGuard(**values["guard"])})
+
+
+def _check_finite(snapshot: Snapshot) -> None:
+    for name, tensor in (snapshot.weights | snapshot.optimizer).items():
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"step {snapshot.state.step} is not saved: {name} has NaN or infinite values",
+                mend="lower optimizer.lr or lengthen schedule.warmup_steps; --resume continues from the last good save",
+            )
 
 
 def _optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:

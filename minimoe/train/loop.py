@@ -9,34 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.optim import Optimizer
 
 from minimoe.config import GenerationSection, TrainConfig, TrainingRun
 from minimoe.data.loader import Batch, Data, Validation
-from minimoe.errors import NonFiniteError, Preempted, UserError
+from minimoe.errors import Preempted, StorageError, UserError
 from minimoe.evaluate import evaluate_model
+from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Engine
 from minimoe.loading import quiet_transformers
 from minimoe.model.losses import IGNORE_INDEX
 from minimoe.model.precision import has_bf16
 from minimoe.model.router import TopKRouter
 from minimoe.train import checkpoint
-from minimoe.train.checkpoint import TrainerState
+from minimoe.train.checkpoint import BackgroundSaver, TrainerState
+from minimoe.train.guard import log_collapse, log_problem, poison
 from minimoe.train.metrics import MetricsLogger
-from minimoe.train.optim import Muon, build_optimizers, lr_at_step, newton_schulz, set_lr
-from minimoe.train.preemption import StopRequest
-
-_LEFT_OUT = ("bad_rows", "empty_rows", "dropped", "truncated")  # of the counts of the data
+from minimoe.train.optim import build_optimizers, lr_at_step, set_lr
+from minimoe.train.plan import micro_rows, print_plan
+from minimoe.train.preemption import StopRequest, StopRequested
+from minimoe.train.resume import resume as resume_run
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
@@ -65,6 +66,7 @@ def fit(
     data: Data,
     config: TrainingRun,
     accelerator: Accelerator,
+    stop: StopRequest,
     *,
     resume: bool,
 ) -> Path:
@@ -72,11 +74,14 @@ def fit(
 
     Args:
         model: a `MiniMoeForCausalLM` with float32 weights.
+        stop: listens for signals; from the first step on they wait for the end of a step.
         resume: continue from the newest verified checkpoint of the run, if there is one.
 
     Raises:
-        NonFiniteError: loss or gradient norm is NaN or infinite.
+        NonFiniteError: loss or gradient norm is NaN or infinite for too many steps in a row.
         Preempted: SIGTERM or Ctrl-C; the run is saved.
+        StorageError: the disk is full or another process of the run has died; the checkpoints are intact.
+        UserError: the run to resume is another one: other data, architecture, batches or optimizer.
     """
     folder, train = Path(config.output_dir), config.train
     if train.batch_size < accelerator.num_processes:
@@ -93,13 +98,13 @@ def fit(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
     optimizers = build_optimizers(model, config.optimizer)
-    state = TrainerState(data_fingerprint=data.fingerprint)
+    state = TrainerState(data_fingerprint=data.fingerprint, config=config.model_dump(mode="json"))
     if resume:
-        state = _resume(checkpoints, model, optimizers, accelerator, data.fingerprint)
+        state = resume_run(checkpoints, model, optimizers, accelerator, state)
     wrapped = accelerator.prepare(torch.compile(model) if train.compile else model)
 
     if accelerator.is_main_process:
-        _print_plan(model, data, config, accelerator, optimizers, total_steps, state.step)
+        print_plan(model, data, config, accelerator, optimizers, total_steps, state.step)
     logger = MetricsLogger(
         folder,
         config.logging,
@@ -109,29 +114,41 @@ def fit(
         config=config.model_dump(mode="json"),
         enabled=accelerator.is_main_process,
     )
-    with logger, StopRequest() as stop:
+    saver = BackgroundSaver(checkpoints, model, tokenizer, train.keep_last)
+    with _peers_may_die(accelerator), saver, logger:
         state.wandb_run_id = logger.wandb_run_id
         wrapped.train()
+        stop.defer()
         clock, tokens_at_clock = time.perf_counter(), state.tokens
         while state.step < total_steps:
+            failpoint("train.step")
             batch = data.train.batch(state.step, train.batch_size, accelerator.process_index, accelerator.num_processes)
             factor = lr_at_step(state.step, total_steps, config.schedule)
             set_lr(optimizers, factor)
             terms, expert_counts = _forward_backward(wrapped, batch, train, accelerator)
-            grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), train.max_grad_norm)
-            _check_finite(terms["loss"], grad_norm, state.step + 1)
+            poison(terms, model)
+            grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), train.max_grad_norm))
+            loss = float(terms["loss"])
+            verdict = state.guard.judge(loss, grad_norm, train)
+            if not verdict.skipped:
+                for optimizer in optimizers:
+                    optimizer.step()
+                _update_selection_bias(model, expert_counts)
             for optimizer in optimizers:
-                optimizer.step()
                 optimizer.zero_grad()
-            _update_selection_bias(model, expert_counts)
             state.step += 1
             state.tokens += train.batch_size * config.data.sequence_length
 
+            if verdict.problem:
+                row: dict[str, Any] = {"step": state.step, "loss": loss, "grad_norm": grad_norm}
+                log_problem(verdict, batch, row, folder, accelerator.process_index, logger)
+                state.guard.raise_if_lost(train, state.step)
+            log_collapse(state.guard.collapsed(expert_counts), state.step, logger)
             last = state.step == total_steps
             if state.step % train.log_every == 0 or last:
-                row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "lr": config.optimizer.lr * factor}
+                row = {"step": state.step, "tokens": state.tokens, "lr": config.optimizer.lr * factor}
                 row |= {name: value.item() for name, value in terms.items()}
-                row |= {"grad_norm": float(grad_norm), "batch_hash": batch.digest()}
+                row |= {"grad_norm": grad_norm, "batch_hash": batch.digest()}
                 row["tokens_per_second"] = (state.tokens - tokens_at_clock) / (time.perf_counter() - clock)
                 row["expert_load"] = _expert_load(expert_counts)
                 logger.log_training(row)
@@ -142,15 +159,20 @@ def fit(
             paused = time.perf_counter()
             val_loss = None
             if data.validation is not None and (state.step % train.eval_every == 0 or last):
-                val_loss = _validate(model, data.validation, train, accelerator, logger, state.step)
+                val_loss = _validate(model, data.validation, train, accelerator, logger, state.step, stop)
             if train.sample_every and (state.step % train.sample_every == 0 or last) and accelerator.is_main_process:
                 _log_samples(model, tokenizer, config, logger, state.step)
+            saver.check()
             stopping = stop.agreed(accelerator) and not last
             if state.step % train.save_every == 0 or last or stopping:
                 if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
                     state.best_val_loss, state.best_step = val_loss, state.step
-                _save(checkpoints, model, tokenizer, optimizers, state, train, accelerator)
+                rng = gather_object([checkpoint.get_rng()])
+                if accelerator.is_main_process:
+                    saver.submit(checkpoint.take_snapshot(model, optimizers, state, rng))
             if stopping:
+                saver.wait()
+                accelerator.wait_for_everyone()
                 raise Preempted(
                     f"stopped by {stop.signal_name or 'another process'} after step {state.step} of {total_steps}; "
                     "everything is saved",
@@ -173,7 +195,7 @@ def _forward_backward(
     device, world = accelerator.device, accelerator.num_processes
     batch = batch.to(device)
     num_items = accelerator.reduce((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-    micros = list(batch.split(_micro_rows(train, accelerator)))
+    micros = list(batch.split(micro_rows(train, accelerator)))
     totals: Tensor | None = None
     counts: Tensor | None = None
     for index, micro in enumerate(micros):
@@ -201,26 +223,38 @@ def _forward_backward(
 
 
 def _validate(
-    model: Any, validation: Validation, train: TrainConfig, accelerator: Accelerator, logger: MetricsLogger, step: int
-) -> float:
-    """Score the held-out documents, log the result and return the loss (nats per token)."""
-    result = evaluate_model(model, validation, _micro_rows(train, accelerator), accelerator)
+    model: Any,
+    validation: Validation,
+    train: TrainConfig,
+    accelerator: Accelerator,
+    logger: MetricsLogger,
+    step: int,
+    stop: StopRequest,
+) -> float | None:
+    """Score the held-out documents, log the result and return the loss (nats per token); None when asked to stop."""
+    rows = micro_rows(train, accelerator)
+    try:
+        result = evaluate_model(model, validation, rows, accelerator, lambda: stop.check(accelerator))
+    except StopRequested:
+        return None
     row = {"step": step, "val_loss": result.loss, "val_perplexity": result.perplexity}
     logger.log_evaluation(row | {"val_bits_per_byte": result.bits_per_byte})
     return result.loss
 
 
-def _micro_rows(train: TrainConfig, accelerator: Accelerator) -> int:
-    """Rows of one forward pass on one rank."""
-    return train.micro_batch_size or max(train.batch_size // accelerator.num_processes, 1)
-
-
-def _check_finite(loss: Tensor, grad_norm: Tensor | float, step: int) -> None:
-    if not (math.isfinite(float(loss)) and math.isfinite(float(grad_norm))):
-        raise NonFiniteError(
-            f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}",
-            mend="lower optimizer.lr or lengthen schedule.warmup_steps; nothing non-finite was saved, --resume works",
-        )
+@contextlib.contextmanager
+def _peers_may_die(accelerator: Accelerator) -> Iterator[None]:
+    """Name the cause when a collective fails because another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not re.search(r"gloo|nccl|connection", str(error), re.IGNORECASE):
+            raise
+        first_line = str(error).strip().splitlines()[0]
+        raise StorageError(
+            f"another process of the run has died or no longer answers ({first_line})",
+            mend="look at its output, then start the same command with --resume",
+        ) from error
 
 
 def _update_selection_bias(model: Any, counts: Tensor) -> None:
@@ -253,141 +287,12 @@ def _log_samples(model: Any, tokenizer: Any, config: TrainingRun, logger: Metric
     model.train()
 
 
-def _resume(
-    checkpoints: Path, model: Any, optimizers: list[Optimizer], accelerator: Accelerator, fingerprint: str
-) -> TrainerState:
-    """State of the newest verified checkpoint, loaded into the model; a fresh state when there is none."""
-    if accelerator.is_main_process:
-        checkpoint.sweep(checkpoints)
-    found, refused = checkpoint.latest_or_fail(checkpoints)
-    for name, reason in refused.items():
-        accelerator.print(f"checkpoint {name} is set aside: {reason}")
-    if found is None:
-        return TrainerState(data_fingerprint=fingerprint)
-    recorded = checkpoint.load_state(found).data_fingerprint
-    if recorded != fingerprint:
-        raise UserError(
-            f"the data is not what this run was trained on (fingerprint {fingerprint}, was {recorded})",
-            where=str(found),
-            mend="restore the data and the data section of the config, or start a new run with another output_dir",
-        )
-    accelerator.print(f"resuming from {found}")
-    return checkpoint.restore(found, model, optimizers, accelerator.process_index)
-
-
-def _save(
-    checkpoints: Path,
-    model: Any,
-    tokenizer: Any,
-    optimizers: list[Optimizer],
-    state: TrainerState,
-    train: TrainConfig,
-    accelerator: Accelerator,
-) -> None:
-    """Write a checkpoint from the first rank, with every rank's random state, then prune."""
-    rng = gather_object([checkpoint.get_rng()])
-    if accelerator.is_main_process:
-        snapshot = checkpoint.take_snapshot(model, optimizers, state, rng)
-        checkpoint.save(checkpoints, snapshot, model, tokenizer)
-        checkpoint.prune(checkpoints, train.keep_last, state.best_step)
-    accelerator.wait_for_everyone()
-
-
 def _export_final(folder: Path, model: Any, tokenizer: Any, accelerator: Accelerator) -> Path:
     """The trained model as a plain model folder."""
     final = folder / "final"
     if accelerator.is_main_process:
-        temporary = folder / ".writing-final"
-        with quiet_transformers():
+        with checkpoint.written_whole(final) as temporary, quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        checkpoint.publish(temporary, final)
     accelerator.wait_for_everyone()
     return final
-
-
-def _print_plan(
-    model: Any,
-    data: Data,
-    config: TrainingRun,
-    accelerator: Accelerator,
-    optimizers: list[Optimizer],
-    total_steps: int,
-    done: int,
-) -> None:
-    """What the run will do, before it does it."""
-    train, architecture = config.train, model.config
-    total, active = count_parameters(model)
-    tokens_per_step = train.batch_size * config.data.sequence_length
-    tokens = total_steps * tokens_per_step
-    seconds = _estimate_step_seconds(model, data, config, accelerator, optimizers) * (total_steps - done)
-    share = architecture.num_experts_per_tok / architecture.num_experts
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    rows = {
-        "parameters": f"{total:,} total, {active:,} active per token",
-        "experts": f"{architecture.num_experts} x {architecture.moe_intermediate_size} wide, "
-        f"{architecture.num_experts_per_tok} per token, {architecture.n_shared_experts} shared, "
-        f"{architecture.num_moe_layers} of {architecture.num_hidden_layers} layers",
-        "data": f"{data.train.rows_per_epoch:,} rows of {config.data.sequence_length} tokens an epoch"
-        + (f", {data.validation.num_documents:,} documents held out" if data.validation else ", nothing held out"),
-        "rows left out": ", ".join(f"{data.counts[key]:,} {key}" for key in _LEFT_OUT if data.counts[key]) or "none",
-        "steps": f"{total_steps:,} of {train.batch_size} rows = {tokens_per_step:,} tokens"
-        + (f", {done:,} already done" if done else ""),
-        "tokens": f"{tokens:,} ({tokens / total:.1f} per parameter, "
-        f"{total_steps * train.batch_size / data.train.rows_per_epoch:.2f} epochs)",
-        "tokens per expert": f"{tokens * share:,.0f} in each layer, if balanced",
-        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr}, {config.schedule.name}",
-        "precision": f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'} ({train.precision})",
-        "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
-        f"{torch.get_num_threads()} threads each",
-        "estimated time": _duration(seconds) + ", from one timed micro-batch",
-        "output": config.output_dir,
-    }
-    for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/]", value)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # a log file has no width of its own
-    console.print(table)
-
-
-def count_parameters(model: Any) -> tuple[int, int]:
-    """(all parameters, those one token passes through): idle experts are not active."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
-    idle_share = 1 - model.config.num_experts_per_tok / model.config.num_experts
-    return total, total - round(experts * idle_share)
-
-
-def _estimate_step_seconds(
-    model: Any, data: Data, config: TrainingRun, accelerator: Accelerator, optimizers: list[Optimizer]
-) -> float:
-    """Time one micro-batch and one orthogonalisation; weights, moments and random state are left as they were."""
-    rng, train = checkpoint.get_rng(), config.train
-    rows = _micro_rows(train, accelerator)
-    micro = data.train.batch(0, rows).to(accelerator.device)
-    model.train()
-    times = []
-    for _ in range(2):  # the first also pays for allocation and kernel selection
-        start = time.perf_counter()
-        with accelerator.autocast():
-            model(**micro.model_inputs(), skip_logits=True, use_cache=False).loss.backward()
-        model.zero_grad()
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    for optimizer in optimizers:
-        if isinstance(optimizer, Muon):
-            for parameter in optimizer.param_groups[0]["params"]:
-                newton_schulz(parameter.detach() if parameter.ndim == 3 else parameter.detach()[None])
-    orthogonalisation = time.perf_counter() - start
-    checkpoint.set_rng(rng)
-    micros = math.ceil(train.batch_size / rows / accelerator.num_processes)
-    return times[-1] * micros + orthogonalisation
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"

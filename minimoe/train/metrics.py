@@ -2,13 +2,16 @@
 
 A row of `metrics.jsonl` is one JSON object. Training rows carry step, tokens, loss, lm_loss, load_balancing_loss,
 router_z_loss, lr, grad_norm, tokens_per_second, batch_hash and expert_load (per layer, 1 = fair share); evaluation
-rows carry step, val_loss, val_perplexity and val_bits_per_byte.
+rows carry step, val_loss, val_perplexity and val_bits_per_byte. A step with numbers that went wrong has a row with
+step, event (`non-finite` or `spike`), loss, grad_norm, skipped and batch_file; an expert that no token chooses any
+more one with step, event `router_collapse` and experts ([layer, expert] each).
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,8 +28,10 @@ from rich.progress import (
 )
 
 from minimoe.config import LoggingConfig
+from minimoe.errors import StorageError
 
 METRICS_FILE = "metrics.jsonl"
+_WANDB_SECONDS = 30.0  # to wait for its server at the start
 
 
 class MetricsLogger:
@@ -85,8 +90,7 @@ class MetricsLogger:
         if self.enabled:
             self._progress.stop()
             self._stream.close()
-            if self._wandb is not None:
-                self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._to_wandb(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def print(self, message: str) -> None:
         """A line above the progress bar."""
@@ -121,37 +125,63 @@ class MetricsLogger:
         if self.enabled:
             self.print(f"step {step:>6}  [dim]sample[/]")
             self.print(f"[cyan]{escape(prompt)}[/]{escape(text)}")
-            if self._wandb is not None:
-                self._wandb.log({"sample": prompt + text}, step=step)
+            self._to_wandb(lambda run: run.log({"sample": prompt + text}, step=step))
 
-    def flush(self) -> None:
-        """Before a checkpoint: rows up to its step must be on disk."""
-        if self.enabled:
-            self._stream.flush()
+    def log_event(self, row: dict[str, Any], message: str) -> None:
+        """Something that a person should know of: a row and a line on the console."""
+        self._write(row)
+        self.print(f"step {row['step']:>6}  [bold yellow]warning[/] {escape(message)}")
 
     def _write(self, row: dict[str, Any]) -> None:
         if not self.enabled:
             return
         finite = {key: _json_safe(value) for key, value in row.items()}
-        self._stream.write(json.dumps(finite) + "\n")
-        self._stream.flush()
-        if self._wandb is not None:
-            scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-            self._wandb.log(scalars, step=row["step"])
+        try:
+            self._stream.write(json.dumps(finite) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise StorageError(
+                f"cannot write metrics: {error.strerror or error}",
+                where=str(self._file),
+                mend="free space, then start the same command with --resume",
+            ) from error
+        scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        self._to_wandb(lambda run: run.log(scalars, step=row["step"]))
 
     def _start_wandb(self, folder: Path, logging: LoggingConfig, config: dict[str, Any]) -> None:
         import wandb
 
-        self._wandb = wandb.init(
-            project=logging.project,
-            name=logging.run_name or folder.name,
-            dir=str(folder),
-            mode="offline" if logging.wandb == "offline" else "online",
-            id=self.wandb_run_id,
-            resume="allow" if self.wandb_run_id else None,
-            config=config,
-        )
-        self.wandb_run_id = self._wandb.id
+        def start(mode: Any) -> Any:
+            return wandb.init(
+                project=logging.project,
+                name=logging.run_name or folder.name,
+                dir=str(folder),
+                mode=mode,
+                id=self.wandb_run_id,
+                resume="allow" if self.wandb_run_id else None,
+                config=config,
+                settings=wandb.Settings(init_timeout=_WANDB_SECONDS),
+            )
+
+        for mode in ("online", "offline") if logging.wandb == "online" else ("offline",):
+            try:
+                self._wandb = start(mode)
+            except Exception as error:  # no key, no network, no such project: nothing that training depends on
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.print(f"[bold yellow]warning[/] wandb cannot log {mode}: {escape(reason)}")
+            else:
+                self.wandb_run_id = self._wandb.id
+                return
+
+    def _to_wandb(self, act: Callable[[Any], None]) -> None:
+        """Hand something to wandb; when that fails, training goes on without it."""
+        if self._wandb is None:
+            return
+        try:
+            act(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            self.print(f"[bold yellow]warning[/] wandb failed ({escape(str(error))}); {METRICS_FILE} goes on")
 
 
 def _drop_rows_after(file: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.tokenizer import boundary_id, load_tokenizer
 from minimoe.train.loop import fit, make_accelerator
+from minimoe.train.preemption import StopRequest
 from minimoe.train.run_folder import run_folder
 
 
@@ -24,10 +25,13 @@ def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -
     tokenizer = load_tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer)
-    with run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process):
+    with (
+        run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process) as status,
+        StopRequest(status.aborted) as stop,
+    ):
         with accelerator.main_process_first():  # the others find the shards in the cache
             data = open_data(config.data, tokenizer, "pretrain", config.seed)
-        return fit(model, tokenizer, data, config, accelerator, resume=resume)
+        return fit(model, tokenizer, data, config, accelerator, stop, resume=resume)
 
 
 def build_model(config: PretrainRun, tokenizer: Any) -> MiniMoeForCausalLM:

@@ -1,27 +1,69 @@
-"""The folder of a run: who may write into it, and the resolved config that explains what is in it."""
+"""The folder of a run: who may write into it, the config that explains what is in it, and how the run ended.
+
+`status.json` says `running`, `finished`, `preempted` or `failed`, with the exit code, the message and the newest
+checkpoint. `running` in a folder that no process holds means that the process was killed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from minimoe.config import TrainingRun, dump_config
-from minimoe.errors import UserError
+from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted, UserError
+from minimoe.train.guard import SKIPPED_FOLDER
 
-CONFIG_FILE = "config.yaml"
-_OURS = ("checkpoints", "final", "metrics.jsonl", CONFIG_FILE, "wandb")
-_LOCK, _OWNER = ".lock", ".owner"
+CONFIG_FILE, STATUS_FILE = "config.yaml", "status.json"
+_USED_BY = ("checkpoints", "final", "metrics.jsonl")  # what tells a run's folder
+_REST = (CONFIG_FILE, STATUS_FILE, SKIPPED_FOLDER, "wandb")
+_LOCK = ".lock"
+
+
+class RunStatus:
+    """Writes `status.json`; on other ranks than the first it does nothing."""
+
+    def __init__(self, folder: Path, enabled: bool = True) -> None:
+        self._folder, self._enabled = folder, enabled
+        self._facts: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
+        self._write(state="running")
+
+    def ended(self, error: BaseException | None) -> None:
+        """Record how: normally, or by an error."""
+        if error is None:
+            self._write(state="finished", exit_code=0)
+            return
+        state = "preempted" if isinstance(error, Preempted) else "failed"
+        code = error.exit_code if isinstance(error, MinimoeError) else EXIT_BUG
+        message = error.what if isinstance(error, MinimoeError) else f"{type(error).__name__}: {error}"
+        self._write(state=state, exit_code=code, message=message)
+
+    def aborted(self) -> None:
+        """Record a second Ctrl-C."""
+        self._write(state="failed", exit_code=EXIT_INTERRUPTED, message="interrupted by a second Ctrl-C")
+
+    def _write(self, **values: Any) -> None:
+        if not self._enabled:
+            return
+        if "exit_code" in values:
+            checkpoints = sorted(path.name for path in (self._folder / "checkpoints").glob("step-*"))
+            values |= {"ended": _now(), "newest_checkpoint": checkpoints[-1] if checkpoints else None}
+        temporary = self._folder / f".{STATUS_FILE}"
+        temporary.write_text(json.dumps(self._facts | values, indent=1), encoding="utf-8")
+        temporary.replace(self._folder / STATUS_FILE)
 
 
 @contextmanager
-def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: bool = True) -> Iterator[None]:
-    """Own `output_dir` while the run lasts, with the resolved config in it.
+def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: bool = True) -> Iterator[RunStatus]:
+    """Own `output_dir` while the run lasts, with the resolved config and the run's status in it.
 
     The lock is the operating system's and goes with the process, however that ends: kill -9 leaves nothing to clean.
 
@@ -32,10 +74,10 @@ def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: b
         UserError: another run is writing there; the folder holds a run and neither resume nor overwrite was asked
             for; or it cannot be written.
     """
-    if not enabled:
-        yield
-        return
     folder = Path(config.output_dir)
+    if not enabled:
+        yield RunStatus(folder, enabled=False)
+        return
     lock = FileLock(folder / _LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,28 +93,38 @@ def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: b
         ) from None
     try:
         _prepare(folder, config, resume, overwrite)
-        yield
+        status = RunStatus(folder)
+        try:
+            yield status
+        except BaseException as error:
+            with suppress(OSError):  # the error to report is the one that ended the run
+                status.ended(error)
+            raise
+        status.ended(None)
     finally:
         lock.release()
 
 
 def _prepare(folder: Path, config: TrainingRun, resume: bool, overwrite: bool) -> None:
-    used = [name for name in _OURS if (folder / name).exists()]
+    used = [name for name in _USED_BY if (folder / name).exists()]
     if used and not (resume or overwrite):
         raise UserError(
             f"output_dir {folder} already holds a run ({', '.join(used)})",
             mend="--resume continues it from its newest checkpoint, --overwrite deletes it and starts again",
         )
-    if overwrite and not resume:
-        for name in used:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not resume:
+        for path in (folder / name for name in (*used, *_REST)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-    (folder / _OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
 
 
 def _read_owner(folder: Path) -> str:
     try:
-        return (folder / _OWNER).read_text(encoding="utf-8")
-    except OSError:
+        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+        return f"process {status['pid']} on {status['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

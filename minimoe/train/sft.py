@@ -12,6 +12,7 @@ from minimoe.errors import UserError
 from minimoe.loading import load_model
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.train.loop import fit, make_accelerator
+from minimoe.train.preemption import StopRequest
 from minimoe.train.run_folder import run_folder
 
 
@@ -32,8 +33,11 @@ def run(config: SftRun, *, resume: bool = False, overwrite: bool = False) -> Pat
             where=config.init_from,
             mend=f"set data.sequence_length to {limit} or less",
         )
-    with run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process):
+    with (
+        run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process) as status,
+        StopRequest(status.aborted) as stop,
+    ):
         with accelerator.main_process_first():  # the others find the shards in the cache
             data = open_data(config.data, tokenizer, "sft", config.seed)
         torch.manual_seed(config.seed)
-        return fit(model, tokenizer, data, config, accelerator, resume=resume)
+        return fit(model, tokenizer, data, config, accelerator, stop, resume=resume)

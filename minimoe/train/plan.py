@@ -1,0 +1,120 @@
+"""What a run will do, printed before it does it: sizes, data, steps, tokens per parameter, estimated time."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch.optim import Optimizer
+
+from minimoe.config import TrainConfig, TrainingRun
+from minimoe.data.loader import Data
+from minimoe.model.precision import has_bf16
+from minimoe.train import checkpoint
+from minimoe.train.optim import Muon, newton_schulz
+
+_LEFT_OUT = ("bad_rows", "empty_rows", "dropped", "truncated")  # of the counts of the data
+
+
+def print_plan(
+    model: Any,
+    data: Data,
+    config: TrainingRun,
+    accelerator: Accelerator,
+    optimizers: list[Optimizer],
+    total_steps: int,
+    done: int,
+) -> None:
+    """What the run will do, before it does it."""
+    train, architecture = config.train, model.config
+    total, active = count_parameters(model)
+    tokens_per_step = train.batch_size * config.data.sequence_length
+    tokens = total_steps * tokens_per_step
+    seconds = _estimate_step_seconds(model, data, config, accelerator, optimizers) * (total_steps - done)
+    share = architecture.num_experts_per_tok / architecture.num_experts
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    rows = {
+        "parameters": f"{total:,} total, {active:,} active per token",
+        "experts": f"{architecture.num_experts} x {architecture.moe_intermediate_size} wide, "
+        f"{architecture.num_experts_per_tok} per token, {architecture.n_shared_experts} shared, "
+        f"{architecture.num_moe_layers} of {architecture.num_hidden_layers} layers",
+        "data": f"{data.train.rows_per_epoch:,} rows of {config.data.sequence_length} tokens an epoch"
+        + (f", {data.validation.num_documents:,} documents held out" if data.validation else ", nothing held out"),
+        "rows left out": ", ".join(f"{data.counts[key]:,} {key}" for key in _LEFT_OUT if data.counts[key]) or "none",
+        "steps": f"{total_steps:,} of {train.batch_size} rows = {tokens_per_step:,} tokens"
+        + (f", {done:,} already done" if done else ""),
+        "tokens": f"{tokens:,} ({tokens / total:.1f} per parameter, "
+        f"{total_steps * train.batch_size / data.train.rows_per_epoch:.2f} epochs)",
+        "tokens per expert": f"{tokens * share:,.0f} in each layer, if balanced",
+        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr}, {config.schedule.name}",
+        "precision": _precision(train, accelerator),
+        "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
+        f"{torch.get_num_threads()} threads each",
+        "estimated time": _duration(seconds) + ", from one timed micro-batch",
+        "output": config.output_dir,
+    }
+    for name, value in rows.items():
+        table.add_row(f"[dim]{name}[/]", value)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width of its own
+    console.print(table)
+
+
+def micro_rows(train: TrainConfig, accelerator: Accelerator) -> int:
+    """Rows of one forward pass on one rank."""
+    return train.micro_batch_size or max(train.batch_size // accelerator.num_processes, 1)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(all parameters, those one token passes through): idle experts are not active."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    idle_share = 1 - model.config.num_experts_per_tok / model.config.num_experts
+    return total, total - round(experts * idle_share)
+
+
+def _estimate_step_seconds(
+    model: Any, data: Data, config: TrainingRun, accelerator: Accelerator, optimizers: list[Optimizer]
+) -> float:
+    """Time one micro-batch and one orthogonalisation; weights, moments and random state are left as they were."""
+    rng, train = checkpoint.get_rng(), config.train
+    rows = micro_rows(train, accelerator)
+    micro = data.train.batch(0, rows).to(accelerator.device)
+    model.train()
+    times = []
+    for _ in range(2):  # the first also pays for allocation and kernel selection
+        start = time.perf_counter()
+        with accelerator.autocast():
+            model(**micro.model_inputs(), skip_logits=True, use_cache=False).loss.backward()
+        model.zero_grad()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            for parameter in optimizer.param_groups[0]["params"]:
+                newton_schulz(parameter.detach() if parameter.ndim == 3 else parameter.detach()[None])
+    orthogonalisation = time.perf_counter() - start
+    checkpoint.set_rng(rng)
+    micros = math.ceil(train.batch_size / rows / accelerator.num_processes)
+    return times[-1] * micros + orthogonalisation
+
+
+def _precision(train: TrainConfig, accelerator: Accelerator) -> str:
+    if accelerator.mixed_precision != "bf16":
+        return f"fp32 ({train.precision})"
+    emulated = not has_bf16(accelerator.device)
+    return f"bf16 ({train.precision})" + (", emulated: this hardware has no bf16, fp32 is faster" if emulated else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"

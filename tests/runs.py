@@ -1,0 +1,69 @@
+"""Tiny whole runs: their data, their model, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minimoe.cli import main
+from minimoe.config import dump_config
+
+STORIES = [
+    f"The {animal} went to the {place} and found a {thing}."
+    for animal, place, thing in [
+        ("cat", "sea", "boat"),
+        ("dog", "moon", "hat"),
+        ("bird", "hill", "kite"),
+        ("fox", "lake", "drum"),
+        ("mouse", "barn", "bell"),
+        ("owl", "mill", "lamp"),
+        ("bear", "farm", "cake"),
+        ("frog", "pond", "ring"),
+    ]
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Where is the {a}?"}, {"role": "assistant", "content": f"On the {b}."}]}
+    for a, b in [("cat", "mat"), ("boat", "sea"), ("moon", "sky"), ("hat", "head"), ("bell", "barn"), ("kite", "hill")]
+]
+MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 32,
+    "intermediate_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def rows(folder: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_rows(folder: str | Path) -> list[dict]:
+    """Rows of training steps without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(folder) if "loss" in row]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+
+    return load_file(folder / "model.safetensors")
+
+
+def run_command(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["minimoe", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def write_yaml(path: Path, config) -> Path:
+
+    path.write_text(dump_config(config), encoding="utf-8")
+    return path
