@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import CHATS, MODEL, STORIES
 
 from minimoe.config import DataConfig, PretrainRun, SftRun
 from minimoe.tokenizer import load_tokenizer, train_bpe
-from runs import CHATS, MODEL, STORIES
 
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from concurrent.futures import wait
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny import tiny_model
 
 from minimoe.config import OptimizerConfig
 from minimoe.errors import CheckpointError, StorageError
 from minimoe.train import checkpoint
-from minimoe.train.checkpoint import TrainerState
+from minimoe.train.checkpoint import BackgroundSaver, TrainerState
 from minimoe.train.optim import build_optimizers
 
 
@@ -137,3 +143,76 @@ def test_leftovers_of_an_interrupted_save_are_no_checkpoint_and_are_swept(tmp_pa
     assert checkpoint.latest(tmp_path)[0] == tmp_path / "step-00000001"
     checkpoint.sweep(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_every_file_and_folder_is_synced_before_and_the_parents_after_the_rename(tmp_path, trained, monkeypatch):
+    calls: list[tuple[str, str]] = []
+    sync, rename = os.fsync, Path.rename
+
+    def fsync(handle: int) -> None:
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    def renamed(self: Path, target: Path) -> Path:
+        calls.append(("rename", str(target)))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder = save(tmp_path / "checkpoints", trained, 1)
+    temporary = folder.with_name(f".writing-{folder.name}")
+    at = calls.index(("rename", str(folder)))
+    before = [path for kind, path in calls[:at] if kind == "sync"]
+    assert before[-1] == str(temporary)
+    assert sorted(before[:-1]) == [str(temporary / name) for name in names(folder)]
+    assert calls[at + 1 :] == [("sync", str(folder.parent)), ("sync", str(tmp_path))]
+
+
+def snapshot_of(trained, step: int):
+    model, optimizers, _ = trained
+    return checkpoint.take_snapshot(model, optimizers, TrainerState(step=step), [checkpoint.get_rng()])
+
+
+def test_background_saves_are_of_the_moment_they_were_asked_for_and_never_two_at_once(tmp_path, trained, monkeypatch):
+    model, _, tokenizer = trained
+    writing, most, save_now = [], [], checkpoint.save
+
+    def slow(*arguments):
+        writing.append(1)
+        most.append(len(writing))
+        time.sleep(0.2)
+        save_now(*arguments)
+        writing.pop()
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    weight = model.lm_head.weight
+    saved = weight.detach().clone()
+    with BackgroundSaver(tmp_path, model, tokenizer, keep_last=9) as saver:
+        started = time.perf_counter()
+        saver.submit(snapshot_of(trained, 1))
+        assert time.perf_counter() - started < 0.1  # half of what the write takes at least
+        with torch.no_grad():
+            weight.zero_()  # training goes on
+        saver.submit(snapshot_of(trained, 2))
+    assert most == [1, 1]
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert torch.equal(load_file(tmp_path / "step-00000001/model.safetensors")["model.embed_tokens.weight"], saved)
+
+
+def test_a_failed_background_save_is_raised_in_the_training_loop(tmp_path, trained, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    model, _, tokenizer = trained
+    with BackgroundSaver(tmp_path, model, tokenizer, keep_last=9) as saver:
+        saver.submit(snapshot_of(trained, 1))
+        wait([saver._saving])
+        with pytest.raises(StorageError, match="No space left"):
+            saver.check()
+    with (
+        pytest.raises(StorageError, match="No space left"),
+        BackgroundSaver(tmp_path, model, tokenizer, 9) as saver,
+    ):
+        saver.submit(snapshot_of(trained, 1))
+    assert names(tmp_path) == []

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from minimoe.config import LoggingConfig
+from minimoe.errors import StorageError
 from minimoe.train.metrics import METRICS_FILE, MetricsLogger
 
 
-def make(folder: Path, start_step: int = 0, enabled: bool = True) -> MetricsLogger:
+def make(folder: Path, start_step: int = 0, enabled: bool = True, wandb: str = "off") -> MetricsLogger:
     return MetricsLogger(
         folder,
-        LoggingConfig(),
+        LoggingConfig(wandb=wandb),
         total_steps=10,
         start_step=start_step,
         wandb_run_id=None,
@@ -63,3 +67,44 @@ def test_the_console_names_loss_speed_and_expert_balance(tmp_path, capsys):
     with make(tmp_path) as logger:
         logger.log_training(row(7, loss=2.345))
     assert "loss 2.345  10.0k tok/s  experts 0.50-1.50" in capsys.readouterr().out
+
+
+class FailingWandb:
+    def log(self, *_, **__):
+        raise ConnectionError("broken pipe")
+
+
+def test_wandb_failing_in_the_middle_is_told_once_and_training_goes_on(tmp_path, capsys):
+    with make(tmp_path) as logger:
+        logger._wandb = FailingWandb()
+        for step in (1, 2):
+            logger.log_training(row(step))
+    assert steps(tmp_path) == [1, 2]
+    assert capsys.readouterr().out.count("wandb failed (broken pipe)") == 1
+
+
+def test_wandb_online_without_key_or_network_goes_offline(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    started = []
+
+    def init(**settings):
+        started.append(settings["mode"])
+        if settings["mode"] == "online":
+            raise wandb.errors.UsageError("No API key configured")
+        return SimpleNamespace(id="abc", log=lambda *_, **__: None, finish=lambda **_: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    with make(tmp_path, wandb="online") as logger:
+        logger.log_training(row(1))
+    assert started == ["online", "offline"]
+    assert logger.wandb_run_id == "abc"
+    assert "wandb cannot log online: No API key configured" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_a_storage_error(tmp_path):
+    logger = make(tmp_path)
+    logger._stream = Path("/dev/full").open("a")
+    with logger, pytest.raises(StorageError, match="No space left") as caught:
+        logger.log_training(row(1))
+    assert caught.value.exit_code == 74

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import rows, run_command, write_yaml
 
 from minimoe.data.loader import open_data
 from minimoe.errors import CheckpointError, UserError
 from minimoe.tokenizer import load_tokenizer
 from minimoe.train import checkpoint, pretrain, sft
-from runs import rows, run_command, write_yaml
 
 MODEL = {"attention_dropout": 0.1, "scoring_func": "sigmoid", "router_bias_update_rate": 0.01}
 

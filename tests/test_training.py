@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import relative_error, tiny_config
+from tiny_runs import STORIES, rows, run_command, training_rows, write_yaml
 
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
 from minimoe.train import pretrain, sft
 from minimoe.train.loop import _update_selection_bias
-from runs import STORIES, rows, run_command, training_rows, write_yaml
 
 
 def test_the_real_commands_overfit_one_batch_and_say_it_back(

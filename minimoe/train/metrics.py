@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -89,7 +90,8 @@ class MetricsLogger:
     ) -> None:
         if self.enabled:
             self._progress.stop()
-            self._stream.close()
+            with suppress(OSError):  # every row was flushed, and reported if that failed
+                self._stream.close()
             self._to_wandb(lambda run: run.finish(exit_code=0 if kind is None else 1))
 
     def print(self, message: str) -> None:

@@ -1,0 +1,115 @@
+"""SIGTERM and Ctrl-C at every stage of a run: save once, exit 75, resume to the end; the second Ctrl-C ends at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import chaos
+import pytest
+from tiny_runs import training_rows, write_yaml
+
+from minimoe import failpoints
+from minimoe.train import pretrain
+
+
+class Run:
+    """`minimoe pretrain` as a process, with failpoints switched on."""
+
+    def __init__(self, path: Path, spec: str) -> None:
+        self.log = path.with_suffix(".log")
+        env = {failpoints.VARIABLE: spec}
+        self.process = chaos.start(chaos.minimoe_command, ["pretrain", str(path)], log=self.log, env=env)
+
+    def wait_for(self, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + chaos.PATIENCE
+        while not reached():
+            assert self.process.is_alive(), self.log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def send(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, number: int) -> tuple[int, str, float]:
+        """Send the signal; returns exit code, the output and seconds until the end."""
+        started = time.monotonic()
+        self.send(number)
+        return chaos.wait(self.process), self.log.read_text(), time.monotonic() - started
+
+
+def lines(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+# stage: failpoints, and how to see from outside that the run is in it
+STAGES = {
+    "training": ("", lambda folder: lines(folder) >= 2),
+    "evaluating": ("evaluate.batch=sleep:0.4", lambda folder: lines(folder) >= 3),
+    "saving": ("save.weights=sleep:1.5", lambda folder: any((folder / "checkpoints").glob(".writing-*"))),
+    "preparing data": ("tokenise.chunk=sleep:3", lambda folder: (folder / "status.json").exists()),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_once_and_exits_75_in_under_20_seconds_and_resume_completes(
+    stage, number, tmp_path, pretrain_config
+):
+    spec, reached = STAGES[stage]
+    config = pretrain_config(max_steps=100_000, save_every=4 if stage == "saving" else 100_000, micro_batch_size=1)
+    folder = Path(config.output_dir)
+    run = Run(write_yaml(tmp_path / "config.yaml", config), spec)
+    run.wait_for(lambda: reached(folder))
+    code, output, seconds = run.end(number)
+    assert code == 75, output
+    assert seconds < 20
+    assert f"stopped by {number.name}" in output
+    assert "Traceback" not in output
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    step = 0
+    if stage == "preparing data":
+        assert not (folder / "checkpoints").exists()
+    else:
+        saved = sorted((folder / "checkpoints").iterdir())
+        assert not [path for path in saved if path.name.startswith(".")]
+        assert stage == "saving" or len(saved) == 1
+        step = int(saved[-1].name.removeprefix("step-"))
+        assert training_rows(folder)[-1]["step"] == step
+    ended = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": step + 1})})
+    pretrain.run(ended, resume=True)
+    assert training_rows(folder)[-1]["step"] == step + 1
+
+
+def test_the_second_ctrl_c_ends_at_once_with_130_and_the_run_can_be_resumed(tmp_path, pretrain_config):
+    config = pretrain_config(max_steps=100_000, save_every=100_000, eval_every=100_000)
+    folder = Path(config.output_dir)
+    run = Run(write_yaml(tmp_path / "config.yaml", config), "save.weights=sleep:60")
+    run.wait_for(lambda: lines(folder) >= 1)
+    run.send(signal.SIGINT)
+    run.wait_for(lambda: any((folder / "checkpoints").glob(".writing-*")))
+    code, output, seconds = run.end(signal.SIGINT)
+    assert code == 130, output
+    assert seconds < 5
+    assert json.loads((folder / "status.json").read_text())["exit_code"] == 130
+    ended = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 1})})
+    pretrain.run(ended, resume=True)
+    assert not list((folder / "checkpoints").glob(".writing-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_run_that_is_done_after_this_step_ends_as_finished(number, tmp_path, pretrain_config):
+    config = pretrain_config(max_steps=2)
+    folder = Path(config.output_dir)
+    run = Run(write_yaml(tmp_path / "config.yaml", config), "save.begin=sleep:2")
+    run.wait_for(lambda: any((folder / "checkpoints").glob(".writing-*")))  # of the last step
+    code, output, _ = run.end(number)
+    assert code == 0, output
+    assert (folder / "final").is_dir()
