@@ -104,7 +104,7 @@ def test_wandb_online_without_key_or_network_goes_offline(tmp_path, monkeypatch,
 
 def test_a_full_disk_is_a_storage_error(tmp_path):
     logger = make(tmp_path)
-    logger._stream = Path("/dev/full").open("a")
+    logger._stream = Path("/dev/full").open("a")  # noqa: SIM115 (the logger closes it)
     with logger, pytest.raises(StorageError, match="No space left") as caught:
         logger.log_training(row(1))
     assert caught.value.exit_code == 74
