@@ -119,6 +119,10 @@ def fit(
         state.wandb_run_id = logger.wandb_run_id
         wrapped.train()
         stop.defer()
+        if state.validation_due:
+            _validate(model, data.validation, train, accelerator, logger, state, total_steps, stop)
+            if state.validation_due:  # cut short again; the checkpoint of this step says so already
+                raise _preempted(stop, state.step, total_steps)
         clock, tokens_at_clock = time.perf_counter(), state.tokens
         while state.step < total_steps:
             failpoint("train.step")
@@ -157,27 +161,20 @@ def fit(
                 logger.advance(state.step)
 
             paused = time.perf_counter()
-            val_loss = None
-            if data.validation is not None and (state.step % train.eval_every == 0 or last):
-                val_loss = _validate(model, data.validation, train, accelerator, logger, state.step, stop)
+            if state.step % train.eval_every == 0 or last:
+                _validate(model, data.validation, train, accelerator, logger, state, total_steps, stop)
             if train.sample_every and (state.step % train.sample_every == 0 or last) and accelerator.is_main_process:
                 _log_samples(model, tokenizer, config, logger, state.step)
             saver.check()
             stopping = stop.agreed(accelerator) and not last
             if state.step % train.save_every == 0 or last or stopping:
-                if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
-                    state.best_val_loss, state.best_step = val_loss, state.step
                 rng = gather_object([checkpoint.get_rng()])
                 if accelerator.is_main_process:
                     saver.submit(checkpoint.take_snapshot(model, optimizers, state, rng))
             if stopping:
                 saver.wait()
                 accelerator.wait_for_everyone()
-                raise Preempted(
-                    f"stopped by {stop.signal_name or 'another process'} after step {state.step} of {total_steps}; "
-                    "everything is saved",
-                    mend="start the same command with --resume",
-                )
+                raise _preempted(stop, state.step, total_steps)
             clock += time.perf_counter() - paused  # tokens per second are of training alone
 
     return _export_final(folder, model, tokenizer, accelerator)
@@ -224,22 +221,36 @@ def _forward_backward(
 
 def _validate(
     model: Any,
-    validation: Validation,
+    validation: Validation | None,
     train: TrainConfig,
     accelerator: Accelerator,
     logger: MetricsLogger,
-    step: int,
+    state: TrainerState,
+    total_steps: int,
     stop: StopRequest,
-) -> float | None:
-    """Score the held-out documents, log the result and return the loss (nats per token); None when asked to stop."""
+) -> None:
+    """Score the held-out documents and log the result; it stays due when the run is asked to stop meanwhile."""
+    if validation is None:
+        return
+    state.validation_due = True
     rows = micro_rows(train, accelerator)
     try:
         result = evaluate_model(model, validation, rows, accelerator, lambda: stop.check(accelerator))
     except StopRequested:
-        return None
-    row = {"step": step, "val_loss": result.loss, "val_perplexity": result.perplexity}
+        return
+    state.validation_due = False
+    row = {"step": state.step, "val_loss": result.loss, "val_perplexity": result.perplexity}
     logger.log_evaluation(row | {"val_bits_per_byte": result.bits_per_byte})
-    return result.loss
+    saved = state.step % train.save_every == 0 or state.step == total_steps
+    if saved and (state.best_val_loss is None or result.loss < state.best_val_loss):
+        state.best_val_loss, state.best_step = result.loss, state.step
+
+
+def _preempted(stop: StopRequest, step: int, total_steps: int) -> Preempted:
+    return Preempted(
+        f"stopped by {stop.signal_name or 'another process'} after step {step} of {total_steps}; everything is saved",
+        mend="start the same command with --resume",
+    )
 
 
 @contextlib.contextmanager
