@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
@@ -52,6 +53,7 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
         raise UserError(f"train.device: {train.device} is not available here", mend=f"use auto or one of: {present}")
     name = train.device if train.device != "auto" else next(n for n in ("cuda", "mps", "cpu") if available[n])
     bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16(torch.device(name)))
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(
         cpu=name == "cpu",
         mixed_precision="bf16" if bf16 else "no",
