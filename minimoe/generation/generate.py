@@ -18,6 +18,7 @@ from rich.console import Console
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.engine import Completion, Engine, Prompt
+from minimoe.generation.packed import why_not_packed
 
 MAX_BYTES = 1 << 30  # of a prompt file or standard input
 
@@ -32,6 +33,9 @@ def run(
 ) -> None:
     """Open the model and print a completion of every prompt."""
     engine = Engine.from_pretrained(model_dir, device)
+    reason = why_not_packed(engine.model)
+    if reason:
+        dim(f"no fast decoding: {reason}")
     if json_output:
         _print_json(engine, prompts, settings)
     elif len(prompts) == 1:
