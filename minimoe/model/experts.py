@@ -10,6 +10,7 @@ plain autograd would allocate a gradient of the full stack for every expert, E t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         width = down.shape[2]
         hidden = rows.new_empty(rows.shape[0], 2 * width)  # (N, 2I)
         out = torch.empty_like(rows)
-        for expert, group in _groups(ends):
+        for expert, group, _ in _groups(ends, rows):
             torch.mm(rows[group], gate_up[expert].to(rows.dtype).t(), out=hidden[group])
             activated = F.silu(hidden[group, :width]).mul_(hidden[group, width:])  # (n, I)
             torch.mm(activated, down[expert].to(rows.dtype).t(), out=out[group])
@@ -82,14 +83,16 @@ class _GroupedSwiGLU(torch.autograd.Function):
         width = down.shape[2]
         grad_out = grad_out.contiguous()
         grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
-        for expert, group in _groups(ctx.ends):
+        for expert, group, size in _groups(ctx.ends, rows):
             gate, up = hidden[group, :width], hidden[group, width:]
             silu = F.silu(gate)
-            _product_into(grad_down[expert], grad_out[group].t(), silu * up)
-            grad_activated = grad_out[group] @ down[expert].to(rows.dtype)  # (n, I)
-            grad_hidden = rows.new_empty(gate.shape[0], 2 * width)
+            activated = silu * up  # (n, I)
+            grad_activated = grad_out[group] @ down[expert].to(rows.dtype)
+            grad_hidden = rows.new_empty(activated.shape[0], 2 * width)
             torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
             aten.silu_backward(grad_activated.mul_(up), gate, grad_input=grad_hidden[:, :width])
+            activated[size:] = grad_hidden[size:] = 0  # rows of other experts add nothing to this one's weights
+            _product_into(grad_down[expert], grad_out[group].t(), activated)
             _product_into(grad_gate_up[expert], grad_hidden.t(), rows[group])
             torch.mm(grad_hidden, gate_up[expert].to(rows.dtype), out=grad_rows[group])
         for expert in _idle(ctx.ends):
@@ -106,12 +109,21 @@ def _product_into(target: Tensor, left: Tensor, right: Tensor) -> None:
         target.copy_(left @ right)
 
 
-def _groups(ends: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows; ends [6, 6, 20] -> (0, 0:6), (2, 6:20)."""
-    starts = [0, *ends[:-1]]
-    return [
-        (expert, slice(start, end)) for expert, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < end
-    ]
+def _groups(ends: list[int], rows: Tensor) -> Iterator[tuple[int, slice, int]]:
+    """(expert, its rows, their number) of every expert that has rows; ends [6, 6, 20] -> (0, 0:6, 6), (2, 6:20, 14).
+
+    In bf16 on a CPU the slice is longer: torch builds a new kernel for every new number of rows, which takes about
+    as long as a small product, so numbers are rounded up to a few that come again. The rows behind a group belong to
+    the experts that follow: what is computed for them is wrong and is overwritten when their turn comes.
+    """
+    multiple = 32 if rows.dtype == torch.bfloat16 else 1
+    start = 0
+    for expert, end in enumerate(ends):
+        size = end - start
+        if size:
+            stop = start + -(-size // multiple) * multiple
+            yield expert, slice(start, stop if stop <= rows.shape[0] else end), size
+        start = end
 
 
 def _idle(ends: list[int]) -> list[int]:
