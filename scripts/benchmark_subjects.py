@@ -8,10 +8,15 @@ I expert width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import json
+import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from minimoe.config import DataConfig, GenerationSection, SourceConfig
+from minimoe.data.loader import open_data
+from minimoe.generation.decode import DecodeBatch
 from minimoe.model.attention import MiniMoeAttention, MiniMoeRotaryEmbedding, document_lengths
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.model.experts import Experts
 from minimoe.model.moe import MoEFeedForward
+from minimoe.tokenizer import train_bpe
 
 Run = Callable[[], dict[str, float]]
 
@@ -130,9 +139,7 @@ def build_model(subject: str, shape: Shape) -> Any:
         return Qwen3MoeForCausalLM(config)
     if subject == "dense":
         active = shape.k * shape.width
-        return MiniMoeForCausalLM(
-            minimoe_config(shape, first_k_dense_replace=shape.layers, intermediate_size=active)
-        )
+        return MiniMoeForCausalLM(minimoe_config(shape, first_k_dense_replace=shape.layers, intermediate_size=active))
     model = MiniMoeForCausalLM(minimoe_config(shape))
     if subject == "literal loop":
         for module in model.modules():
@@ -164,7 +171,6 @@ def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
         seconds = timed(step, device)
         return {"seconds": seconds, "peak_bytes": peak_bytes(device) - before}
 
-    step()
     return run
 
 
@@ -241,15 +247,72 @@ def ceilings(device: str) -> Run:
     target = torch.empty_like(source)
 
     def run() -> dict[str, float]:
-        figures = {n: 2 * size**3 / repeated(lambda x=m: x @ x, device)()["seconds"] for n, m in matrices.items()}
+        figures = {n: 2 * size**3 / repeated(partial(torch.mm, m, m), device)()["seconds"] for n, m in matrices.items()}
         figures["copy"] = 2 * source.numel() * 4 / repeated(lambda: target.copy_(source), device)()["seconds"]
         return figures
 
     return run
 
 
+def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
+    """64 greedy tokens after 128-token prompts; the model reads all weights it uses for every token."""
+    model: Any = build_model(subject, shape).to(device).eval()
+    ids = torch.randint(3, shape.vocabulary, (batch, 128), device=device)
+    new_tokens = 64
+    settings = GenerationSection(max_new_tokens=new_tokens, temperature=0, top_p=1, batch_size=batch)
+
+    def complete(count: int) -> None:
+        if subject == "minimoe":
+            rows = DecodeBatch(model, ids.tolist(), count, settings, [torch.Generator()] * batch)
+            for _ in range(count):
+                rows.step()
+        else:
+            model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+
+    def run() -> dict[str, float]:
+        prefill = timed(lambda: complete(1), device)
+        seconds = timed(lambda: complete(new_tokens), device) - prefill
+        rate = batch * (new_tokens - 1) / seconds
+        # Of a batch's rows each reads its own experts at worst; the limit that counts is that of one row.
+        read = 4 * shape.active_matrix_parameters() * rate / batch
+        return {"tokens_per_second": rate, "bytes_per_second": read, "prefill_tokens_per_second": ids.numel() / prefill}
+
+    return run
+
+
+def data() -> Run:
+    """Tokenise some megabytes of text, then read batches of packed rows."""
+    words = [w for w in Path(__file__).read_text().split() if w.isalpha()]
+    chooser = random.Random(0)
+    texts = [" ".join(chooser.choices(words, k=200)) for _ in range(4000)]  # some 4.5 MB
+
+    def run() -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            tokenizer = train_bpe(iter(texts[:500]), 2048)
+            config = DataConfig(
+                train=(SourceConfig(path=f"{folder}/text.jsonl"),),
+                sequence_length=512,
+                cache_dir=f"{folder}/cache",
+                num_processes=1,
+            )
+            start = time.perf_counter()
+            loader = open_data(config, tokenizer, "pretrain", seed=0).train
+            tokenising = time.perf_counter() - start
+            start = time.perf_counter()
+            for step in range(100):
+                loader.batch(step, 8)
+            loading = time.perf_counter() - start
+        return {
+            "tokenised_mb_per_second": sum(map(len, texts)) / 1e6 / tokenising,
+            "loader_tokens_per_second": 100 * 8 * 512 / loading,
+        }
+
+    return run
+
+
 JOBS: dict[str, Callable[..., Run]] = {
-    job.__name__: job for job in (train_step, moe_layer, bare_products, attention, ceilings)
+    job.__name__: job for job in (train_step, moe_layer, bare_products, attention, decode, data, ceilings)
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -276,7 +339,6 @@ def timed(work: Callable[[], Any], device: str) -> float:
 
 def repeated(work: Callable[[], Any], device: str, at_least: float = 0.4) -> Run:
     """Short work is repeated for `at_least` seconds and at least 3 times; a run gives the median."""
-    work()
 
     def run() -> dict[str, float]:
         times: list[float] = []

@@ -54,12 +54,14 @@ class _CausalAttention(torch.autograd.Function):
         ctx: Any, qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, documents: list[int]
     ) -> Tensor:
         heads = gains.shape[0] - kv_heads
-        out = qkv.new_empty(qkv.shape[0], heads * gains.shape[1])
+        out, later = qkv.new_empty(qkv.shape[0], heads * gains.shape[1]), _later(qkv)
         for rows in _slices(documents):
             heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows])
             attended = torch.empty_like(heads_in.q)
             for queries, seen in _blocks(heads_in):
-                torch.bmm(_probabilities(heads_in, queries, seen), heads_in.v[:, :seen], out=attended[:, queries])
+                torch.bmm(
+                    _probabilities(heads_in, queries, seen, later), heads_in.v[:, :seen], out=attended[:, queries]
+                )
             out[rows] = _ungroup(attended, heads_in.k.shape[1]).flatten(1)
         ctx.save_for_backward(qkv, gains, cos, sin)
         ctx.kv_heads, ctx.eps, ctx.documents = kv_heads, eps, documents
@@ -70,7 +72,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, gains, cos, sin = ctx.saved_tensors
         kv_heads, (all_heads, head_dim) = ctx.kv_heads, gains.shape
-        grad_qkv, grad_gains = torch.empty_like(qkv), torch.zeros_like(gains)
+        grad_qkv, grad_gains, later = torch.empty_like(qkv), torch.zeros_like(gains), _later(qkv)
         for rows in _slices(ctx.documents):
             heads_in = _prepare(qkv[rows], gains, kv_heads, ctx.eps, cos[rows], sin[rows])
             length = heads_in.k.shape[1]
@@ -79,7 +81,7 @@ class _CausalAttention(torch.autograd.Function):
             grad_k, grad_v = (heads_in.k.new_zeros(heads_in.k.shape, dtype=gains.dtype) for _ in range(2))
             for queries, seen in _blocks(heads_in):
                 k, v = heads_in.k[:, :seen], heads_in.v[:, :seen]
-                probabilities = _probabilities(heads_in, queries, seen)
+                probabilities = _probabilities(heads_in, queries, seen, later)
                 grad_v[:, :seen] += torch.bmm(probabilities.mT, grad[:, queries])
                 grad_scores = aten._softmax_backward_data(
                     torch.bmm(grad[:, queries], v.mT), probabilities, -1, probabilities.dtype
@@ -161,15 +163,19 @@ def _blocks(heads: _Heads) -> Iterator[tuple[slice, int]]:
         yield slice(start * group, end * group), end
 
 
-def _probabilities(heads: _Heads, queries: slice, seen: int) -> Tensor:
+def _probabilities(heads: _Heads, queries: slice, seen: int, later: Tensor) -> Tensor:
     """(K, rows, seen): softmax of a block's scores."""
     kv_heads, length, _ = heads.k.shape
     group = heads.q.shape[1] // length
     scores = torch.bmm(heads.q[:, queries], heads.k[:, :seen].mT)
     size = scores.shape[1] // group  # the last `size` keys are the block's own: there the causal mask cuts
-    hidden = torch.full((size, size), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-    scores.view(kv_heads, size, group, seen)[..., seen - size :] += hidden[:, None]
+    scores.view(kv_heads, size, group, seen)[..., seen - size :] += later[:size, None, :size]
     return scores.softmax(dim=-1)
+
+
+def _later(like: Tensor) -> Tensor:
+    """(block, block): -inf where the key comes after the query, else 0."""
+    return torch.full((_BLOCK, _BLOCK), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
 
 
 def _slices(lengths: list[int]) -> Iterator[slice]:
