@@ -119,7 +119,7 @@ def fit(
         state.wandb_run_id = logger.wandb_run_id
         wrapped.train()
         stop.defer()
-        clock, tokens_at_clock = time.perf_counter(), state.tokens
+        seconds, clock, tokens_at_clock = logger.seconds, time.perf_counter(), state.tokens
         while state.step < total_steps:
             failpoint("train.step")
             batch = data.train.batch(state.step, train.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -149,7 +149,9 @@ def fit(
                 row = {"step": state.step, "tokens": state.tokens, "lr": config.optimizer.lr * factor}
                 row |= {name: value.item() for name, value in terms.items()}
                 row |= {"grad_norm": grad_norm, "batch_hash": batch.digest()}
-                row["tokens_per_second"] = (state.tokens - tokens_at_clock) / (time.perf_counter() - clock)
+                elapsed = time.perf_counter() - clock
+                seconds += elapsed
+                row |= {"tokens_per_second": (state.tokens - tokens_at_clock) / elapsed, "seconds": round(seconds, 3)}
                 row["expert_load"] = _expert_load(expert_counts)
                 logger.log_training(row)
                 clock, tokens_at_clock = time.perf_counter(), state.tokens
@@ -159,7 +161,8 @@ def fit(
             paused = time.perf_counter()
             val_loss = None
             if data.validation is not None and (state.step % train.eval_every == 0 or last):
-                val_loss = _validate(model, data.validation, train, accelerator, logger, state.step, stop)
+                place = {"step": state.step, "seconds": round(seconds + paused - clock, 3)}
+                val_loss = _validate(model, data.validation, train, accelerator, logger, place, stop)
             if train.sample_every and (state.step % train.sample_every == 0 or last) and accelerator.is_main_process:
                 _log_samples(model, tokenizer, config, logger, state.step)
             saver.check()
@@ -178,7 +181,7 @@ def fit(
                     "everything is saved",
                     mend="start the same command with --resume",
                 )
-            clock += time.perf_counter() - paused  # tokens per second are of training alone
+            clock += time.perf_counter() - paused  # seconds and tokens per second are of training alone
 
     return _export_final(folder, model, tokenizer, accelerator)
 
@@ -228,16 +231,19 @@ def _validate(
     train: TrainConfig,
     accelerator: Accelerator,
     logger: MetricsLogger,
-    step: int,
+    place: dict[str, Any],
     stop: StopRequest,
 ) -> float | None:
-    """Score the held-out documents, log the result and return the loss (nats per token); None when asked to stop."""
+    """Score the held-out documents, log a row that begins with `place` and return the loss (nats per token).
+
+    None when asked to stop.
+    """
     rows = micro_rows(train, accelerator)
     try:
         result = evaluate_model(model, validation, rows, accelerator, lambda: stop.check(accelerator))
     except StopRequested:
         return None
-    row = {"step": step, "val_loss": result.loss, "val_perplexity": result.perplexity}
+    row = place | {"val_loss": result.loss, "val_perplexity": result.perplexity}
     logger.log_evaluation(row | {"val_bits_per_byte": result.bits_per_byte})
     return result.loss
 
