@@ -80,7 +80,7 @@ def max_steps(config: Path, overrides: list[str]) -> int:
 
 
 def curve(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one run says: its length, and its validations."""
+    """What one run says: its length, and its validations as [step, seconds, bits per byte]."""
     last = next(row for row in reversed(rows) if "lr" in row)
     validations = [row for row in rows if "val_bits_per_byte" in row]
     return {
@@ -99,7 +99,8 @@ def write(curves: list[dict[str, Any]], folder: Path) -> None:
     for entry in curves:
         numbers = f"{entry['steps']:>6}  {entry['tokens']:>10,}  {entry['seconds']:>7.1f}"
         print(f"{entry['name']:<{width}}  {numbers}  {entry['bits_per_byte']:.4f}")
-    (folder / "curves.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(map(json.dumps, curves))
+    (folder / "curves.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     try:
         import matplotlib
     except ImportError:
