@@ -208,7 +208,7 @@ class TokenizerSection(Section):
     """Byte-level BPE."""
 
     vocab_size: int = Field(
-        4096, ge=300, le=1 << 20, description="tokens, the 256 bytes and the special tokens included"
+        4096, ge=266, le=1 << 20, description="tokens, with the 256 bytes and 10 special ones; 266: a token is a byte"
     )
     max_training_bytes: int = Field(
         200_000_000, ge=1, description="bytes of text the merges are learned from, read from the start"

@@ -38,8 +38,8 @@ from minimoe.errors import EXIT_IO, EXIT_PREEMPTED
 from minimoe.failpoints import VARIABLE
 from minimoe.tokenizer import train_bpe
 from minimoe.train import checkpoint
+from minimoe.train.metrics import CLOCK_FIELDS
 
-CLOCK_FIELDS = {"tokens_per_second"}  # of a metrics row: the only ones that two equal runs may differ in
 PATIENCE = 120.0  # seconds after which a process counts as hanging
 
 SERVER = multiprocessing.get_context("forkserver")

@@ -49,6 +49,16 @@ def test_rows_after_the_resumed_step_and_torn_lines_are_dropped(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
 
 
+def test_seconds_of_training_count_on_from_the_last_row_that_is_kept(tmp_path):
+    with make(tmp_path) as logger:
+        assert logger.seconds == 0
+        for step in (1, 2, 3):
+            logger.seconds += 1.5
+            logger.log_training(row(step))
+    with make(tmp_path, start_step=2) as logger:
+        assert logger.seconds == 3.0
+
+
 def test_a_value_that_is_not_finite_is_written_as_null_and_stays_valid_json(tmp_path):
     with make(tmp_path) as logger:
         logger.log_training(row(1, loss=float("nan")))

@@ -16,6 +16,7 @@ from minimoe.data.loader import open_data
 from minimoe.errors import CheckpointError, UserError
 from minimoe.tokenizer import load_tokenizer
 from minimoe.train import checkpoint, pretrain, sft
+from minimoe.train.metrics import CLOCK_FIELDS
 
 MODEL = {"attention_dropout": 0.1, "scoring_func": "sigmoid", "router_bias_update_rate": 0.01}
 
@@ -26,7 +27,7 @@ def outcome(folder: str | Path) -> dict[str, object]:
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     files = [file for place in (newest, folder / "final") for file in sorted(place.iterdir())]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files} | {
-        "rows": [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows(folder)]
+        "rows": [{key: value for key, value in row.items() if key not in CLOCK_FIELDS} for row in rows(folder)]
     }
 
 

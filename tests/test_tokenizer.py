@@ -85,6 +85,15 @@ def test_merges_are_learned_from_at_most_max_training_bytes(make_run, write_json
     assert "cat" not in tokenizer.get_vocab()
 
 
+def test_the_smallest_vocabulary_has_one_token_for_each_byte(make_run, write_jsonl):
+    smallest = 256 + len(tok.SPECIAL_TOKENS)
+    folder = train_tokenizer.run(make_run(write_jsonl([{"text": "ab ab ab"}]), vocab_size=smallest))
+    ids = tok.encode_text(tok.load_tokenizer(folder), "ab äb 😀")
+    assert len(ids) == len("ab äb 😀".encode())
+    with pytest.raises(ValueError, match="greater than or equal to 266"):
+        make_run(folder, vocab_size=smallest - 1)
+
+
 def test_conversations_contribute_their_contents_to_the_tokenizer(make_run, write_jsonl):
     path = write_jsonl([{"messages": [{"role": "user", "content": "zqzq zqzq zqzq"}]}] * 3)
     assert "zqzq" in tok.load_tokenizer(train_tokenizer.run(make_run(path))).get_vocab()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from minimoe.cli import main
 from minimoe.config import dump_config
+from minimoe.train.metrics import CLOCK_FIELDS
 
 STORIES = [
     f"The {animal} went to the {place} and found a {thing}."
@@ -48,7 +49,7 @@ def rows(folder: str | Path) -> list[dict]:
 
 def training_rows(folder: str | Path) -> list[dict]:
     """Rows of training steps without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows(folder) if "loss" in row]
+    return [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows(folder) if "loss" in row]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -220,7 +220,7 @@ def _rope_problems(get: Mapping[str, Any]) -> dict[str, str]:
     missing = [key for key in _ROPE_KEYS.get(rope_type, ()) if key not in rope]
     if missing:
         return {"rope_parameters": f"rope_type {rope_type} also needs {', '.join(missing)}"}
-    for key, value in {"rope_theta": get.get("rope_theta") or 1.0, **rope}.items():
+    for key, value in (("rope_theta", get.get("rope_theta")), *rope.items()):
         numbers = value if isinstance(value, list) else [value]
         is_number = all(_has_type(number, float) and 0 < number < float("inf") for number in numbers)
         if key not in ("rope_type", "type", "truncate") and value is not None and not is_number:

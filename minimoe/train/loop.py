@@ -125,9 +125,10 @@ def fit(
             _validate(model, data.validation, train, accelerator, logger, state, total_steps, stop)
             if state.validation_due:  # cut short again; the checkpoint of this step says so already
                 raise _preempted(stop, state.step, total_steps)
-        clock, tokens_at_clock = time.perf_counter(), state.tokens
+        logged_tokens, logged_seconds = state.tokens, logger.seconds
         while state.step < total_steps:
             failpoint("train.step")
+            started = time.perf_counter()
             batch = data.train.batch(state.step, train.batch_size, accelerator.process_index, accelerator.num_processes)
             factor = lr_at_step(state.step, total_steps, config.schedule)
             set_lr(optimizers, factor)
@@ -150,19 +151,19 @@ def fit(
                 log_problem(verdict, batch, row, folder, accelerator.process_index, logger)
                 state.guard.raise_if_lost(train, state.step)
             log_collapse(state.guard.collapsed(expert_counts), state.step, logger)
+            logger.seconds += time.perf_counter() - started  # of training alone
             last = state.step == total_steps
             if state.step % train.log_every == 0 or last:
                 row = {"step": state.step, "tokens": state.tokens, "lr": config.optimizer.lr * factor}
                 row |= {name: value.item() for name, value in terms.items()}
                 row |= {"grad_norm": grad_norm, "batch_hash": batch.digest()}
-                row["tokens_per_second"] = (state.tokens - tokens_at_clock) / (time.perf_counter() - clock)
+                row["tokens_per_second"] = (state.tokens - logged_tokens) / (logger.seconds - logged_seconds)
                 row["expert_load"] = _expert_load(expert_counts)
                 logger.log_training(row)
-                clock, tokens_at_clock = time.perf_counter(), state.tokens
+                logged_tokens, logged_seconds = state.tokens, logger.seconds
             else:
                 logger.advance(state.step)
 
-            paused = time.perf_counter()
             if state.step % train.eval_every == 0 or last:
                 _validate(model, data.validation, train, accelerator, logger, state, total_steps, stop)
             if train.sample_every and (state.step % train.sample_every == 0 or last) and accelerator.is_main_process:
@@ -177,7 +178,6 @@ def fit(
                 saver.wait()
                 accelerator.wait_for_everyone()
                 raise _preempted(stop, state.step, total_steps)
-            clock += time.perf_counter() - paused  # tokens per second are of training alone
 
     return _export_final(folder, model, tokenizer, accelerator)
 

@@ -1,10 +1,11 @@
 """One logger for a run: a live console, `metrics.jsonl` always, wandb when asked.
 
-A row of `metrics.jsonl` is one JSON object. Training rows carry step, tokens, loss, lm_loss, load_balancing_loss,
-router_z_loss, lr, grad_norm, tokens_per_second, batch_hash and expert_load (per layer, 1 = fair share); evaluation
-rows carry step, val_loss, val_perplexity and val_bits_per_byte. A step with numbers that went wrong has a row with
-step, event (`non-finite` or `spike`), loss, grad_norm, skipped and batch_file; an expert that no token chooses any
-more one with step, event `router_collapse` and experts ([layer, expert] each).
+A row of `metrics.jsonl` is one JSON object with step and seconds (of training so far, without validation, samples and
+saving). Training rows carry tokens, loss, lm_loss, load_balancing_loss, router_z_loss, lr, grad_norm,
+tokens_per_second, batch_hash and expert_load (per layer, 1 = fair share); evaluation rows val_loss, val_perplexity and
+val_bits_per_byte. A step with numbers that went wrong has a row with event (`non-finite` or `spike`), loss, grad_norm,
+skipped and batch_file; an expert that no token chooses any more one with event `router_collapse` and experts ([layer,
+expert] each).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from minimoe.config import LoggingConfig
 from minimoe.errors import StorageError
 
 METRICS_FILE = "metrics.jsonl"
+CLOCK_FIELDS = frozenset({"tokens_per_second", "seconds"})  # of a row: the only ones that two equal runs differ in
 _WANDB_SECONDS = 30.0  # to wait for its server at the start
 
 
@@ -59,11 +61,12 @@ class MetricsLogger:
         self.enabled = enabled
         self.console = Console(quiet=not enabled)
         self.wandb_run_id = wandb_run_id
+        self.seconds = 0.0  # of training so far; the loop adds to it, and every row has it
         self._wandb: Any = None
         if not enabled:
             return
         self._file = folder / METRICS_FILE
-        _drop_rows_after(self._file, start_step)
+        self.seconds = _drop_rows_after(self._file, start_step)
         self._stream = self._file.open("a", encoding="utf-8")
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -137,7 +140,7 @@ class MetricsLogger:
     def _write(self, row: dict[str, Any]) -> None:
         if not self.enabled:
             return
-        finite = {key: _json_safe(value) for key, value in row.items()}
+        finite = {key: _json_safe(value) for key, value in row.items()} | {"seconds": round(self.seconds, 3)}
         try:
             self._stream.write(json.dumps(finite) + "\n")
             self._stream.flush()
@@ -186,20 +189,23 @@ class MetricsLogger:
             self.print(f"[bold yellow]warning[/] wandb failed ({escape(str(error))}); {METRICS_FILE} goes on")
 
 
-def _drop_rows_after(file: Path, step: int) -> None:
-    """Keep rows up to `step`: what an interrupted run logged later will be logged again."""
+def _drop_rows_after(file: Path, step: int) -> float:
+    """Keep rows up to `step`: what an interrupted run logged later will be logged again. Returns their seconds."""
     if not file.exists():
-        return
-    kept = []
+        return 0.0
+    kept, seconds = [], 0.0
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            row = json.loads(line)
+            if row["step"] <= step:
                 kept.append(line + "\n")
+                seconds = float(row.get("seconds", seconds))
         except (ValueError, KeyError, TypeError):
             continue  # the torn last line of a killed process
     replacement = file.with_suffix(".tmp")
     replacement.write_text("".join(kept), encoding="utf-8")
     replacement.replace(file)
+    return seconds
 
 
 def _json_safe(value: Any) -> Any:

@@ -1,0 +1,124 @@
+"""Bits per byte of held-out text against seconds of training, of several settings side by side.
+
+    python scripts/learning_curves.py configs/quickstart/pretrain.yaml data.train=speeches.jsonl --seconds 90 \
+        --run moe --run dense model.first_k_dense_replace=4 model.intermediate_size=256
+
+The words after the config are overrides of every run, those after a `--run NAME` of that run alone. With --seconds
+each run gets the number of steps that fits: the speed of all settings is measured first, in turns (each as often as
+--turns says; the fastest counts, since whatever else the machine does only makes it slower), so that the learning
+rate decays at the right time. Without it, each run takes the steps of its config. Validation is not training time.
+
+Writes OUT/curves.json and, where matplotlib is installed, OUT/curves.svg, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_PROBE_STEPS = 30  # of which the first third warms up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Bits per byte against seconds of training.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run")
+    parser.add_argument("--run", nargs="+", action="append", default=[], metavar=("NAME", "KEY=VALUE"))
+    parser.add_argument("--seconds", type=float, help="training time of each run; default: the config's max_steps")
+    parser.add_argument("--turns", type=int, default=2, help="times each setting's speed is measured")
+    parser.add_argument("--points", type=int, default=8, help="validations in each run")
+    parser.add_argument("--out", type=Path, default=Path("runs/curves"), help="folder of runs and results")
+    arguments = parser.parse_args()
+    runs = {name: [*arguments.overrides, *own] for name, *own in arguments.run or [["default"]]}
+
+    steps: dict[str, int] = {}
+    if arguments.seconds:
+        speeds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(arguments.turns):
+            for name, overrides in runs.items():
+                speeds[name].append(measure_speed(arguments.config, overrides, arguments.out / "probe"))
+        steps = {name: max(int(arguments.seconds * max(speed)), _PROBE_STEPS) for name, speed in speeds.items()}
+
+    curves = []
+    for name, overrides in runs.items():
+        length = steps.get(name) or max_steps(arguments.config, overrides)
+        rows = train(arguments.config, overrides, arguments.out / name, length, -(-length // arguments.points))
+        curves.append({"name": name, "overrides": overrides} | curve(rows))
+    write(curves, arguments.out)
+
+
+def train(config: Path, overrides: list[str], folder: Path, steps: int, eval_every: int) -> list[dict[str, Any]]:
+    """Run `minimoe pretrain` in a process of its own; the rows of its metrics.jsonl."""
+    settings = {"output_dir": folder, "train.max_steps": steps, "train.eval_every": eval_every}
+    settings |= {"train.log_every": 10, "train.save_every": steps, "train.sample_every": "null"}
+    words = [word for word in overrides if word.partition("=")[0] not in settings]
+    words += [f"{key}={value}" for key, value in settings.items()]
+    subprocess.run([sys.executable, "-m", "minimoe.cli", "pretrain", str(config), *words, "--overwrite"], check=True)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def measure_speed(config: Path, overrides: list[str], folder: Path) -> float:
+    """Optimizer steps a second, from a short run after its first steps."""
+    short = [*overrides, "schedule.warmup_steps=0", "data.max_validation_documents=1"]
+    latest = {word.partition("=")[0]: word for word in short}  # a key may be given once
+    rows = [row for row in train(config, list(latest.values()), folder, _PROBE_STEPS, _PROBE_STEPS) if "lr" in row]
+    return (rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["seconds"] - rows[0]["seconds"])
+
+
+def max_steps(config: Path, overrides: list[str]) -> int:
+    """The steps that a config asks for."""
+    from minimoe.config import PretrainRun, load_config
+
+    steps = load_config(PretrainRun, config, overrides).train.max_steps
+    if steps is None:
+        sys.exit(f"{config}: give train.max_steps or --seconds")
+    return steps
+
+
+def curve(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one run says: its length, and its validations as [step, seconds, bits per byte]."""
+    last = next(row for row in reversed(rows) if "lr" in row)
+    validations = [row for row in rows if "val_bits_per_byte" in row]
+    return {
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+        "bits_per_byte": validations[-1]["val_bits_per_byte"],
+        "points": [[row["step"], row["seconds"], round(row["val_bits_per_byte"], 4)] for row in validations],
+    }
+
+
+def write(curves: list[dict[str, Any]], folder: Path) -> None:
+    """Table, JSON and, if possible, the picture."""
+    width = max(len(entry["name"]) for entry in curves)
+    print(f"\n{'run':<{width}}  {'steps':>6}  {'tokens':>10}  {'seconds':>7}  bits per byte")
+    for entry in curves:
+        numbers = f"{entry['steps']:>6}  {entry['tokens']:>10,}  {entry['seconds']:>7.1f}"
+        print(f"{entry['name']:<{width}}  {numbers}  {entry['bits_per_byte']:.4f}")
+    lines = ",\n".join(map(json.dumps, curves))
+    (folder / "curves.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for entry in curves:
+        _, seconds, bits = zip(*entry["points"], strict=True)
+        axes.plot(seconds, bits, marker="o", markersize=3, label=f"{entry['name']}: {bits[-1]:.3f}")
+    axes.set(xlabel="seconds of training", ylabel="bits per byte of held-out text")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "curves.svg")
+    print(f"picture: {folder / 'curves.svg'}")
+
+
+if __name__ == "__main__":
+    main()
