@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, MinimoeError, Preempted
+from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, EXIT_USER, MinimoeError, Preempted, UserError
 
 app = typer.Typer(
     name="minimoe",
@@ -40,7 +41,10 @@ Settings = Annotated[
         "repetition_penalty, stop, seed, batch_size",
     ),
 ]
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# The disk's and the system's limits, not ours; any other OSError that gets this far is a bug.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_IO_ERRORS = (*_DISK, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EMFILE)
+_OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 # Lets every decoding setting be written as a flag too, without naming each of them here again.
 FLAGS = {"ignore_unknown_options": True}
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a generation: section")]
@@ -66,6 +70,7 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: minimoe pretrain configs/quickstart/pretrain.yaml train.max_steps=100 --resume")
 def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Train a model from scratch."""
+    _one_of(resume, overwrite)
     from minimoe.config import PretrainRun, load_config
 
     loaded = load_config(PretrainRun, config, overrides or ())
@@ -77,6 +82,7 @@ def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False
 @app.command(epilog="Example: minimoe sft configs/quickstart/sft.yaml init_from=runs/mine/final")
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Fine-tune a model on conversations (supervised fine-tuning)."""
+    _one_of(resume, overwrite)
     from minimoe.config import SftRun, load_config
 
     loaded = load_config(SftRun, config, overrides or ())
@@ -148,7 +154,7 @@ def evaluate(
     model_dir: ModelDir,
     data: Annotated[str, typer.Option(help="file, folder or glob: txt, jsonl, json, parquet, csv")],
     answers_only: Annotated[bool, typer.Option("--answers-only", help="score assistant turns only")] = False,
-    sequence_length: Annotated[int | None, typer.Option(min=8, help="tokens of context")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=8, max=1 << 20, help="tokens of context")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 16,
     json_output: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
     device: Device = "auto",
@@ -165,6 +171,11 @@ def evaluate(
         json_output=json_output,
         device=device,
     )
+
+
+def _one_of(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("both --resume and --overwrite are given", mend="give the one you mean")
 
 
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
@@ -206,9 +217,14 @@ def main() -> NoReturn:
     except Exception as error:
         if os.environ.get("MINIMOE_DEBUG"):
             raise
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            print(f"error: {error.strerror}\n  at: {error.filename or 'a file being written'}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in _IO_ERRORS:
+            place = str(error.filename or "a file being written")
+            print(f"error: {error.strerror}\n  at: {place[:200]}", file=sys.stderr)
             sys.exit(EXIT_IO)
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
+            mend = "lower train.micro_batch_size, batch_size, data.sequence_length or the model's sizes"
+            print(f"error: out of memory: {str(error).partition(chr(10))[0][:200]}\n  mend: {mend}", file=sys.stderr)
+            sys.exit(EXIT_USER)
         print(f"error: a bug in minimoe ({type(error).__name__}: {error}); run again with --debug", file=sys.stderr)
         sys.exit(EXIT_BUG)
     sys.exit(0)

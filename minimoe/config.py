@@ -46,10 +46,18 @@ class Section(BaseModel):
         return value
 
 
-def _own_folder(value: str) -> str:
+def _folder(value: str) -> str:
     expanded = os.path.expanduser(value)  # leaves "~nobody" as it is
-    folder = os.path.realpath(expanded)
-    if not value.strip() or expanded.startswith("~") or folder == os.path.dirname(folder):
+    if not value.strip() or expanded.startswith("~"):
+        raise ValueError("must name a folder")
+    if os.path.exists(expanded) and not os.path.isdir(expanded):
+        raise ValueError("is a file, not a folder")
+    return value
+
+
+def _own_folder(value: str) -> str:
+    folder = os.path.realpath(os.path.expanduser(value))
+    if folder == os.path.dirname(folder):
         raise ValueError("must name a folder that a run can have for itself")
     return value
 
@@ -60,7 +68,8 @@ def _plain_name(value: str) -> str:
     return value
 
 
-OutputDir = Annotated[str, AfterValidator(_own_folder)]
+Folder = Annotated[str, AfterValidator(_folder)]
+OutputDir = Annotated[Folder, AfterValidator(_own_folder)]
 Name = Annotated[str, AfterValidator(_plain_name)]
 # torch's generators take no larger seed.
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -100,7 +109,7 @@ class DataConfig(Section):
     max_documents: int | None = Field(None, ge=1, description="read at most this many documents per source")
     on_bad_rows: Literal["error", "skip"] = Field("error", description="malformed rows: stop, or skip and count")
     num_processes: int | None = Field(None, ge=1, le=1024, description="tokenisation processes; null: one per core")
-    cache_dir: str = Field("~/.cache/minimoe", description="folder of tokenised shards")
+    cache_dir: Folder = Field("~/.cache/minimoe", description="folder of tokenised shards")
 
     @field_validator("train", "validation", mode="before")
     @classmethod

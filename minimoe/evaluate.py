@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from minimoe.errors import UserError
 from minimoe.failpoints import failpoint
 from minimoe.model.losses import IGNORE_INDEX
 
@@ -98,6 +99,11 @@ def evaluate_source(
     from minimoe.loading import load_model
 
     model, tokenizer = load_model(model_dir, device=device, dtype=torch.float32)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if sequence_length and limit and sequence_length > limit:
+        raise UserError(
+            f"--sequence-length {sequence_length} is more than the model's {limit} positions", where=model_dir
+        )
     length = sequence_length or min(model.config.max_position_embeddings, 1024)
     source = SourceConfig(path=path)
     data = DataConfig(train=(source,), sequence_length=length)

@@ -7,6 +7,7 @@ are read from safetensors alone and no code from the folder is ever run.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.utils import logging as hf_logging
 
 import minimoe.model.decoder  # noqa: F401  (registers our architecture with AutoModelForCausalLM)
 from minimoe.errors import UserError
+from minimoe.folder import check_folder, read_object
+from minimoe.model.config import MAX_LAYERS, architecture_problems, num_parameters
 from minimoe.tokenizer import load_tokenizer
 
 MEND = "give a folder with config.json and model.safetensors, such as RUN/final or RUN/checkpoints/step-…"
@@ -38,6 +41,8 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
     """
     folder = model_folder(path)
     target = pick_device(device)
+    check_folder(folder)
+    _check_size(folder)
     with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -57,6 +62,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"cannot open the model: {first_line}", where=str(folder), mend=MEND) from error
     _check_loaded(info, folder)
+    _check_end_ids(model, folder)
     tokenizer = load_tokenizer(str(folder))
     check_vocabulary(model, tokenizer, str(folder))
     return model.to(target).eval(), tokenizer
@@ -64,7 +70,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
 
 def model_folder(path: str | Path) -> Path:
     """The folder that holds `config.json`: the given one, or its `final/`."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "not found"
         raise UserError(f"model folder {kind}: {folder}", mend=MEND)
@@ -92,10 +98,35 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # "meta" exists, but computes nothing
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {name!r} is not available here", mend="use auto or cpu") from None
     return device
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse a config.json that describes far more than the weights hold, before memory is taken for it."""
+    values = read_object(folder / "config.json")
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise UserError(f"num_hidden_layers {layers} is more than {MAX_LAYERS}", where=str(folder / "config.json"))
+    if values.get("model_type") == "minimoe" and not architecture_problems(values):
+        num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if num_bytes and num_parameters(values) > num_bytes:
+            raise UserError(
+                f"config.json describes {num_parameters(values):,} parameters, the weights have {num_bytes:,} bytes",
+                where=str(folder),
+                mend="the folder is damaged or mixed from two models, copy it again",
+            )
+
+
+def _check_end_ids(model: Any, folder: Path) -> None:
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = listed if isinstance(listed, list) else [listed]
+    if not all(token is None or isinstance(token, int) for token in ids):
+        raise UserError(
+            f"eos_token_id is {listed!r}", where=str(folder / "generation_config.json"), mend="give numbers"
+        )
 
 
 def _check_loaded(info: dict[str, Any], folder: Path) -> None:

@@ -14,13 +14,16 @@ Three rules hold everywhere:
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minimoe.chat_template import CHAT_TEMPLATE, render
 from minimoe.errors import UserError
+from minimoe.folder import check_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,33 +49,6 @@ SPLIT_REGEX = "|".join(
         r"\s+",
     )
 )
-
-# ChatML. The generation marks tell which characters an assistant produces: they are what SFT learns.
-CHAT_TEMPLATE = r"""
-{%- for message in messages %}
-    {%- if message.role == "assistant" %}
-        {{- "<|im_start|>assistant\n" }}
-        {%- generation %}
-        {%- if message.reasoning_content %}
-            {{- "<think>\n" + message.reasoning_content + "\n</think>\n\n" }}
-        {%- endif %}
-        {{- message.content or "" }}
-        {%- for call in message.tool_calls or [] %}
-            {{- "<tool_call>\n" + (call.function | tojson) + "\n</tool_call>" }}
-        {%- endfor %}
-        {{- "<|im_end|>" }}
-        {%- endgeneration %}
-        {{- "\n" }}
-    {%- elif message.role == "tool" %}
-        {{- "<|im_start|>tool\n<tool_response>\n" + message.content + "\n</tool_response><|im_end|>\n" }}
-    {%- else %}
-        {{- "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- "<|im_start|>assistant\n" }}
-{%- endif %}
-""".strip()
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -124,7 +100,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    folder = Path(path_or_name).expanduser()
+    folder = Path(os.path.expanduser(path_or_name))
     local = folder.exists()
     name = str(path_or_name)
     # "runs/tokenizer" looks like a hub name (owner/name): where its parent is a folder here, a folder is what was
@@ -135,10 +111,16 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     if (folder / "config.json").exists():
         # A model's folder: AutoTokenizer warns about an architecture that is not registered.
         importlib.import_module("minimoe.model.decoder")
+    if local and not folder.is_dir():
+        raise UserError(f"tokenizer folder is a file: {name}", mend="give the folder that holds tokenizer.json")
+    if local:
+        check_folder(folder)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if local else name, local_files_only=local, trust_remote_code=False
         )
+        tokenizer(["a"], verbose=False)  # settings of a wrong type show only now
+        return tokenizer
     except Exception as error:  # OSError, ValueError, KeyError, and Rust's plain Exception
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -157,17 +139,7 @@ def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of typed texts, with no control tokens whatever they contain."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    return encoded["input_ids"]
+    return _tokenize(tokenizer, texts, split_special_tokens=True) if texts else []
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -216,9 +188,6 @@ def _encode_rendered(
     the ids are those of `apply_chat_template`. Example: "hi<|im_end|>" is encoded as "...hi<" and
     "|im_end|>...".
     """
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     template = _chat_template(tokenizer)
     cut = _unused_character(messages)
     control = re.compile(
@@ -228,46 +197,42 @@ def _encode_rendered(
         {key: value if key == "role" else _defuse(value, control, cut) for key, value in message.items()}
         for message in messages
     ]
-    try:
-        rendered, spans = render_jinja_template(
-            conversations=[safe],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template cannot render the conversation: {error}") from None
-
-    text = rendered[0]
-    edges = sorted({0, len(text), *(edge for span in spans[0] for edge in span)})
+    text, spans = render(template, safe, add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map)
+    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     pieces: list[str] = []
     learned_pieces: list[bool] = []
     for start, stop in pairwise(edges):
-        inside = any(left <= start < right for left, right in spans[0])
+        inside = any(left <= start < right for left, right in spans)
         for piece in filter(None, text[start:stop].split(cut)):
             pieces.append(piece)
             learned_pieces.append(inside)
     if not pieces:
         return [], []
-    encoded = tokenizer(
-        pieces,
-        add_special_tokens=False,
-        split_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    encoded = _tokenize(tokenizer, pieces, split_special_tokens=False)
     ids = [token for piece in encoded for token in piece]
     learned = [flag for piece, flag in zip(encoded, learned_pieces, strict=True) for _ in piece]
     return ids, learned
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_special_tokens: bool) -> list[list[int]]:
+    try:
+        return tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+    except TypeError:  # the tokenizer's word for text that has no UTF-8
+        raise UserError("the text is not valid Unicode: it holds half a surrogate pair", mend="correct it") from None
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    if not template:
+    if not template or not isinstance(template, str):
         raise UserError("the tokenizer has no chat template", mend="use a tokenizer trained by `minimoe tokenizer`")
     return template
 

@@ -239,7 +239,9 @@ class Reference:
     def check(self, run: Run) -> None:
         """`run`, however often it was interrupted, came to the same."""
         result = run.result()
-        assert result["rows"] == self.result["rows"], "metrics.jsonl differs"
+        missing = [row for row in self.result["rows"] if row not in result["rows"]]
+        surplus = [row for row in result["rows"] if row not in self.result["rows"]]
+        assert result["rows"] == self.result["rows"], f"metrics.jsonl: {missing=}, {surplus=}"
         assert result["sha256"] == self.result["sha256"], "the final weights differ"
         assert not run.leftovers(), run.leftovers()
         assert not run.damaged(), run.damaged()

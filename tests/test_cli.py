@@ -23,6 +23,8 @@ def test_decoding_settings_are_flags_or_overrides(tmp_path):
         (["--temperature", "-1"], "greater than or equal to 0"),
         (["--temperature"], "temperature"),
         (["hello"], "is not key=value"),
+        (["--top-k", "1", "top_k=2"], "top_k is given twice"),
+        (["temperature=1e-320"], "at least 0.001"),
     ],
 )
 def test_a_wrong_flag_is_named(words, message):

@@ -47,6 +47,11 @@ def test_text_can_be_in_another_column():
     assert read({"story": "t"}, text_column="story") == "t"
 
 
+def test_a_named_text_column_that_is_missing_is_not_replaced_by_another():
+    with pytest.raises(BadRow, match="text_column story is missing"):
+        read({"text": "t"}, text_column="story")
+
+
 def test_parts_of_a_message_are_put_together():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert read({"messages": [USER | {"content": parts}]})[0]["content"] == "ab"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,39 @@ def test_a_tokenisation_process_that_dies_is_a_storage_error(prepare, write_json
     with pytest.raises(StorageError, match="process died"):
         prepare(write_jsonl([{"text": "a"}]), num_processes=2)
     assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("sleep:999", "silent for 2 s"),
+        ("raise", "failed: ValueError: a failpoint"),
+        ("kill", "process died"),
+    ],
+)
+def test_a_tokenisation_process_that_fails_names_the_cause_and_the_rows(
+    prepare, write_jsonl, monkeypatch, tmp_path, action, message
+):
+    monkeypatch.setattr(sys, "argv", ["minimoe"])
+    monkeypatch.setattr(encode, "_CHUNKS_IN_PROCESS", 0)
+    monkeypatch.setattr(encode, "_TIMEOUT", 2 if "sleep" in action else 60)
+    monkeypatch.setenv("MINIMOE_FAILPOINTS", f"tokenise.chunk={action}")
+    path = write_jsonl([{"text": text} for text in TEXTS])
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=message) as caught:
+        prepare(path, num_processes=2)
+    assert time.monotonic() - started < 30
+    assert caught.value.where == f"{path}:1 to {path}:{len(TEXTS)}"
+    assert folders(tmp_path) == []
+
+
+def test_a_conversation_that_cannot_be_rendered_is_named(prepare, write_jsonl, tiny_tokenizer_dir):
+    tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content if m.content != 'Hm' else 1 / 0 }}{% endfor %}"
+    path = write_jsonl([{"messages": CHAT}, {"messages": [{"role": "user", "content": "Hm"}]}])
+    with pytest.raises(UserError, match="division by zero") as caught:
+        prepare(path, tokenizer=tokenizer)
+    assert caught.value.where == f"{path}:2"
 
 
 def test_the_cache_is_used_again_and_follows_data_tokenizer_and_settings(

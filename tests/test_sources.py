@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,32 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path):
     assert len(texts_of(path)[0]) == 10_000_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
+def test_a_line_of_ten_megabytes_is_tokenised_in_bounded_memory(tmp_path, tiny_tokenizer_dir):
+    """In 600 MB of address space, with a byte order mark, CRLF and NUL."""
+    path, text = tmp_path / "a.jsonl", ("word" * 500 + "\0\r\n") * 5_000
+    with path.open("wb") as file:
+        file.write(b"\xef\xbb\xbf")
+        file.write(json.dumps({"text": text}).encode() + b"\r\n")
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from minimoe.config import DataConfig\n"
+        "from minimoe.data.shards import prepare\n"
+        "from minimoe.tokenizer import encode_text, load_tokenizer\n"
+        "tokenizer = load_tokenizer(sys.argv[1]); encode_text(tokenizer, 'warm up')\n"
+        "mapped = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (mapped + 600_000_000,) * 2)\n"
+        "data = DataConfig(train=sys.argv[2], cache_dir=sys.argv[3], num_processes=1)\n"
+        "print(prepare(data.train[0], data, tokenizer, 'pretrain').counts['bytes'])"
+    )
+    words = [sys.executable, "-c", code, str(tiny_tokenizer_dir), str(path), str(tmp_path / "cache")]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == len(text)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what", "line"),
     [
@@ -102,6 +131,7 @@ def test_a_line_of_ten_megabytes_is_read(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n[1, 2]\n{"text": "b"}\n', "expected a JSON object, not list", 2),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b'\n{"text": "b"}\n', "malformed JSON", 2),
         ("a.csv", b"text\na\nb,c\nb\n", "more fields", 3),
+        ("a.csv", b'text\na\nb\n"c', "malformed CSV", 4),
         ("a.txt", b"a\n\xffb\nc\n", "invalid UTF-8", 2),
     ],
 )
@@ -135,6 +165,15 @@ def test_an_unusable_path_is_a_user_error(tmp_path, make, message):
         make(tmp_path).write_bytes(b"no such thing")
     with pytest.raises(UserError, match=message):
         rows_of(make(tmp_path))
+
+
+def test_a_folder_of_too_many_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("minimoe.data.sources._MAX_ENTRIES", 3)
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("x")
+    for path in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(UserError, match="more than 3 files"):
+            list_files(str(path))
 
 
 def test_hidden_files_of_a_folder_are_left_out(tmp_path):

@@ -16,8 +16,9 @@ import os
 import signal
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -28,14 +29,16 @@ import numpy as np
 from minimoe import tokenizer as tok
 from minimoe.config import DataConfig
 from minimoe.data.formats import Document
-from minimoe.errors import StorageError
+from minimoe.errors import MinimoeError, StorageError, UserError
+from minimoe.failpoints import failpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Stage = Literal["pretrain", "sft"]
-Chunk = list[Document]
+Chunk = list[tuple[Document, str]]  # documents, each with its place ("stories.jsonl:12")
 
+_TIMEOUT = 300.0  # seconds; a chunk takes one or two, and the first waits for the processes to start
 _CHUNKS_IN_PROCESS = 6  # up to about 6 MB are encoded without starting processes
 
 
@@ -64,31 +67,57 @@ def encode_all(
         return
     settings = (tokenizer, stage, data.sequence_length)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=settings)
-    pending: deque[Future[Encoded]] = deque()
+    pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
     try:
         for chunk in chain(head, chunks):
-            pending.append(pool.submit(_encode_in_worker, chunk))
+            pending.append((chunk, pool.submit(_encode_in_worker, chunk)))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                yield _result(*pending.popleft())
         while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        mend = "it was killed, perhaps for memory: set data.num_processes: 1"
-        raise StorageError("a tokenisation process died", mend=mend) from None
+            yield _result(*pending.popleft())
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # one that hangs would be waited for below; the pool has no public way before Python 3.14
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(chunk: Chunk, future: Future[Encoded]) -> Encoded:
+    """What a worker made of a chunk.
+
+    Raises:
+        StorageError: it failed, died or gave no sign of life.
+    """
+    where = f"{chunk[0][1]} to {chunk[-1][1]}"
+    try:
+        return future.result(timeout=_TIMEOUT)
+    except MinimoeError:
+        raise
+    except BrokenProcessPool:
+        mend = "it was killed, perhaps for memory: set data.num_processes: 1"
+        raise StorageError("a tokenisation process died", where=where, mend=mend) from None
+    except TimeoutError:
+        mend = "start again; if it hangs again, look at these rows or set data.num_processes: 1"
+        raise StorageError(f"a tokenisation process is silent for {_TIMEOUT:g} s", where=where, mend=mend) from None
+    except Exception as error:
+        what = f"a tokenisation process failed: {type(error).__name__}: {error}"
+        raise StorageError(what, where=where, mend="look at these rows") from error
 
 
 _worker: dict[str, Any] = {}  # settings of this process, when it is a worker
 
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_length: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the main one ends the pool
+    for number in (signal.SIGINT, signal.SIGTERM):  # they go to every process of a run; the main one ends the pool
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker.update(tokenizer=tokenizer, stage=stage, sequence_length=sequence_length)
 
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:
+    if failpoint("tokenise.chunk") == "raise":
+        raise ValueError("a failpoint")
     return encode(chunk, **_worker)
 
 
@@ -100,8 +129,16 @@ def encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, stage: Stage, seque
     """Token ids of a chunk's documents."""
     sft = stage == "sft"
     encoded = _encode_sft(chunk, tokenizer, sequence_length) if sft else _encode_pretrain(chunk, tokenizer)
-    encoded.characters = sum(map(num_characters, chunk))
+    encoded.characters = sum(num_characters(document) for document, _ in chunk)
     return encoded
+
+
+@contextmanager
+def _place_of_errors(place: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.what, where=error.where or place, mend=error.mend) from None
 
 
 def num_characters(document: Document) -> int:
@@ -112,15 +149,16 @@ def num_characters(document: Document) -> int:
 def _encode_pretrain(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     boundary = tok.boundary_id(tokenizer)
     # One call for all plain texts: without worker processes, tokenizers spreads them over the cores itself.
-    batch = iter(tok.encode_texts(tokenizer, [document for document in chunk if isinstance(document, str)]))
+    batch = iter(tok.encode_texts(tokenizer, [text for text, _ in chunk if isinstance(text, str)]))
     ids: list[int] = []
     lengths, num_bytes = [], []
-    for document in chunk:
+    for document, place in chunk:
         if isinstance(document, str):
             body = next(batch)
             num_bytes.append(len(document.encode()))
         else:
-            body = tok.encode_conversation(tokenizer, document)
+            with _place_of_errors(place):
+                body = tok.encode_conversation(tokenizer, document)
             num_bytes.append(len(tokenizer.decode(body).encode()))
         ids += [boundary, *body, boundary]
         lengths.append(len(body) + 2)
@@ -132,11 +170,12 @@ def _encode_sft(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, sequence_lengt
     learned: list[bool] = []
     lengths, num_bytes = [], []
     truncated = dropped = 0
-    for document in chunk:
+    for document, place in chunk:
         assert not isinstance(document, str)  # shards refuses them
         turns = [message for message in document if message["role"] == "assistant"]
         answered = turns and all(turn["content"].strip() or turn.get("tool_calls") for turn in turns)
-        row, mask = tok.encode_chat(tokenizer, document) if answered else ([], [])
+        with _place_of_errors(place):
+            row, mask = tok.encode_chat(tokenizer, document) if answered else ([], [])
         overlong = len(row) > sequence_length
         row, mask = row[:sequence_length], mask[:sequence_length]
         if not any(mask[1:]):  # the first token of a document is never predicted

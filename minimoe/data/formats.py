@@ -161,6 +161,8 @@ def to_document(row: Row, source: SourceConfig) -> Document:
     try:
         if name is None:
             raise BadRow(f"columns {sorted(values)} fit no format ({', '.join(FORMATS)}); is text_column missing?")
+        if name == "text" and source.text_column not in ("text", *values):
+            raise BadRow(f"text_column {source.text_column} is missing or null; columns are {sorted(values)}")
         return FORMATS[name](values)
     except BadRow as bad:
         raise BadRow(bad.what, row.place) from None

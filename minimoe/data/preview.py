@@ -30,6 +30,7 @@ def run(config: PretrainRun | SftRun, count: int = 3, console: Console | None = 
     sft = isinstance(config, SftRun)
     tokenizer = load_tokenizer(config.init_from if isinstance(config, SftRun) else config.tokenizer)
     loader = open_data(config.data, tokenizer, "sft" if sft else "pretrain", config.seed).train
+    count = min(count, loader.rows_per_epoch)
     batch = loader.batch(step=0, batch_size=count)
 
     for number in range(count):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -63,10 +64,11 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
     from filelock import FileLock
 
     fingerprint = _fingerprint(source, data, tokenizer, stage)
-    cache = Path(data.cache_dir).expanduser()
+    cache = Path(os.path.expanduser(data.cache_dir))
     folder = cache / fingerprint
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        (cache / f"{fingerprint}.lock").touch()  # the lock itself would wait for a folder that can be written
         with FileLock(cache / f"{fingerprint}.lock"):
             if not _complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -192,7 +194,7 @@ def _chunks(source: SourceConfig, data: DataConfig, stage: Stage, skipped: Count
                 where=place,
                 mend="give rows of format messages, conversations, alpaca or prompt_completion",
             )
-        chunk.append(document)
+        chunk.append((document, place))
         size += num_characters(document)
         if size >= _CHUNK_CHARACTERS:
             yield chunk

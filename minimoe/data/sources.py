@@ -20,10 +20,12 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +34,7 @@ from minimoe.errors import UserError
 
 # Longer texts are cut into documents, so that one big file can be split, shuffled and tokenised in parallel.
 MAX_TEXT_BYTES = 64 * 1024
+_MAX_ENTRIES = 100_000  # of a folder: a second's search, where the whole disk was named by mistake
 DOCUMENT_SEPARATOR = b"<|endoftext|>"
 
 
@@ -79,23 +82,28 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
 def list_files(path: str) -> list[Path]:
     """The data files at a file, folder (searched through, hidden files left out) or glob."""
     kinds = ", ".join(sorted(READERS))
-    root = Path(path).expanduser()
-    if root.is_file():
-        if _suffix(root) not in READERS:
-            raise UserError(f"unknown kind of data file: {root}", mend=f"known are {kinds}, and .gz of the text kinds")
-        return [root]
-    if root.is_dir():
-        found = [
-            file for file in root.rglob("*") if not any(part.startswith(".") for part in file.relative_to(root).parts)
-        ]
-    else:
-        found = [Path(name) for name in glob.glob(str(root), recursive=True)]
-        if not found:
+    root = Path(os.path.expanduser(path))
+    try:
+        if root.is_file():
+            if _suffix(root) not in READERS:
+                mend = f"known are {kinds}, and .gz of the text kinds"
+                raise UserError(f"unknown kind of data file: {root}", mend=mend)
+            return [root]
+        is_folder = root.is_dir()
+        walk = root.rglob("*") if is_folder else map(Path, glob.iglob(str(root), recursive=True))
+        found = list(islice(walk, _MAX_ENTRIES + 1))
+        if len(found) > _MAX_ENTRIES:
+            raise UserError(f"more than {_MAX_ENTRIES:,} files and folders in {path}", mend="name a smaller folder")
+        if not found and not is_folder:
             raise UserError(
                 f"no such file, folder or glob: {path}",
                 mend="check data paths; relative ones start here: " + str(Path.cwd()),
             )
-    files = sorted(file for file in found if file.is_file() and _suffix(file) in READERS)
+        if is_folder:
+            found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+        files = sorted(file for file in found if file.is_file() and _suffix(file) in READERS)
+    except OSError as error:
+        raise UserError(f"cannot search {path}: {error.strerror}", mend="check the path and its permissions") from None
     if not files:
         raise UserError(f"no data files in {path}", mend=f"known kinds are {kinds}, and .gz of the text kinds")
     return files
@@ -247,12 +255,12 @@ def _read_csv(path: Path) -> Iterator[Row | BadRow]:
         # Undecodable bytes become lone surrogates, which formats refuse, so that one bad row does not end the
         # file.
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        reader = csv.DictReader(text)
+        reader = csv.DictReader(text, strict=True)  # else an open quote swallows the rest of the file
         while True:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                yield BadRow(f"malformed CSV: {error}", f"{path}:{reader.line_num}")
+                yield BadRow(f"malformed CSV: {error}", f"{path}:{reader.reader.line_num}")  # DictReader's lags here
                 continue
             if values is None:
                 return

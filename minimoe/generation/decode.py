@@ -17,6 +17,7 @@ import torch
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
+from minimoe.generation.packed import PackedModel
 from minimoe.generation.sampling import draw_uniforms, penalize_repetition, sample
 
 
@@ -30,6 +31,7 @@ class DecodeBatch:
         settings: how to sample.
         generators: one a row.
         cache: holds the first positions of the only prompt already, or None.
+        packed: the model's fast copy; None decodes with the model's own forward.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class DecodeBatch:
         settings: GenerationSection,
         generators: Sequence[torch.Generator],
         cache: PreallocatedCache | None = None,
+        packed: PackedModel | None = None,
     ) -> None:
         assert cache is None or len(prompts) == 1, "a warm cache belongs to one conversation"
-        self._model, self._settings, self._generators = model, settings, list(generators)
+        self._model, self._packed, self._settings, self._generators = model, packed, settings, list(generators)
         device = model.device
         longest = max(len(prompt) for prompt in prompts)
         capacity = longest + max_new_tokens
@@ -67,14 +70,9 @@ class DecodeBatch:
     def step(self) -> list[int]:
         """Feed what is due and return one new token a row."""
         end = self._length + self._next.shape[1]
-        logits = self._model(
-            input_ids=self._next,
-            attention_mask=None if self._mask is None else self._mask[:, :end],
-            position_ids=self._positions[:, self._length : end],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (B, V)
+        logits = self._forward(
+            self._positions[:, self._length : end], None if self._mask is None else self._mask[:, :end]
+        )
         if self._prefilling and bool(logits.isnan().any()):
             raise UserError("the model's outputs are NaN", mend="its weights are broken, use others")
         self._prefilling, self._length = False, end
@@ -86,6 +84,19 @@ class DecodeBatch:
         if self._seen is not None:
             self._seen.scatter_(1, self._next, True)
         return self._next.squeeze(1).tolist()
+
+    def _forward(self, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """positions (B, n), mask (B, L + n) -> logits of the last tokens (B, V)."""
+        if self._packed is not None:
+            return self._packed(self._next, positions, self._cache, mask)
+        return self._model(
+            input_ids=self._next,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
 from minimoe.generation.decode import DecodeBatch
+from minimoe.generation.packed import PackedModel, weights_version, why_not_packed
 from minimoe.generation.sampling import row_generator
 from minimoe.generation.text import Detokenizer, StopFilter
 from minimoe.loading import check_vocabulary, load_model
@@ -68,11 +69,22 @@ class Engine:
         except UserError:  # neither bos nor eos: fine until somebody asks for text out of nothing
             self._boundary = None
         self.end_ids = _end_ids(model, tokenizer, self._boundary)
+        self._packed: PackedModel | None = None
+        self._packed_version: object = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> Engine:
         """Open a model folder; see `load_model`."""
         return cls(*load_model(path, device, dtype))
+
+    def packed(self) -> PackedModel | None:
+        """The model's fast copy, up to date with its weights; None where `why_not_packed` tells a reason."""
+        if why_not_packed(self.model):
+            return None
+        version = weights_version(self.model)
+        if self._packed is None or version != self._packed_version:
+            self._packed, self._packed_version = PackedModel(self.model), version
+        return self._packed
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """Token ids of a prompt.
@@ -145,6 +157,7 @@ class Engine:
             settings,
             [row.generator for row in rows],
             cache,
+            self.packed(),
         )
         while True:
             for row, token_id in zip(live, batch.step(), strict=True):

@@ -7,6 +7,7 @@ streams; several are decoded in batches; `--json` prints one object a prompt.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from rich.console import Console
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.engine import Completion, Engine, Prompt
+from minimoe.generation.packed import why_not_packed
+
+MAX_BYTES = 1 << 30  # of a prompt file or standard input
 
 
 def run(
@@ -29,6 +33,9 @@ def run(
 ) -> None:
     """Open the model and print a completion of every prompt."""
     engine = Engine.from_pretrained(model_dir, device)
+    reason = why_not_packed(engine.model)
+    if reason:
+        dim(f"no fast decoding: {reason}")
     if json_output:
         _print_json(engine, prompts, settings)
     elif len(prompts) == 1:
@@ -53,10 +60,12 @@ def read_prompts(prompt: str | None, file: str | Path | None, stdin: TextIO | No
     if prompt is not None:
         return [prompt]
     if file is not None:
-        return _read_file(Path(file).expanduser())
+        return _read_file(Path(os.path.expanduser(file)))
     if stdin is None or stdin.isatty():
         raise UserError("no prompt", mend="give --prompt TEXT or --file FILE, or pipe text in")
-    text = _decode_text(stdin.buffer.read(), "standard input") if hasattr(stdin, "buffer") else stdin.read()
+    text = (
+        _decode_text(stdin.buffer.read(MAX_BYTES + 1), "standard input") if hasattr(stdin, "buffer") else stdin.read()
+    )
     text = text.removesuffix("\n").removesuffix("\r")  # the one newline that `echo` adds
     if not text.strip():
         raise UserError("standard input is empty", mend="pipe a prompt in, or give --prompt TEXT")
@@ -116,7 +125,8 @@ def _reads_on(prompt: Prompt, settings: GenerationSection) -> bool:
 
 def _read_file(path: Path) -> list[Prompt]:
     try:
-        text = _decode_text(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            text = _decode_text(file.read(MAX_BYTES + 1), str(path))
     except OSError as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
         raise UserError(f"prompt file {reason}: {path}", mend="give a .txt or .jsonl file") from None
@@ -151,6 +161,8 @@ def _is_message(message: Any) -> bool:
 
 
 def _decode_text(data: bytes, where: str) -> str:
+    if len(data) > MAX_BYTES:  # such as /dev/zero
+        raise UserError(f"more than {MAX_BYTES >> 20} MiB of prompts", where=where, mend="split them")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -21,22 +21,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from minimoe.model.causal_attention import causal_attention
 from minimoe.model.config import MiniMoeConfig
+from minimoe.model.norm import MiniMoeRMSNorm
 
 DocumentLengths = list[int]  # lengths of consecutive documents of a stream of B*S tokens; they sum to B*S
-
-
-class MiniMoeRMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return self.weight * normed.to(x.dtype)
 
 
 class MiniMoeRotaryEmbedding(nn.Module):
@@ -125,6 +114,8 @@ class MiniMoeAttention(nn.Module):
             past_key_values: keys and values of earlier positions; updated in place.
         """
         batch, sequence, _ = x.shape
+        if self._trains_on_cpu(x, attention_mask, past_key_values):
+            return self.o_proj(self._attend_in_blocks(x, position_embeddings, documents)), None
         heads = (batch, sequence, -1, self.head_dim)
         # Norm and rotation in float32, and one rounding after both.
         q = rotate(self.q_norm(self.q_proj(x).view(heads).float()), *position_embeddings)
@@ -146,6 +137,36 @@ class MiniMoeAttention(nn.Module):
                     self, q, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
                 )  # (B, S, H, d)
         return self.o_proj(out.reshape(batch, sequence, -1)), probabilities
+
+    def _trains_on_cpu(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> bool:
+        return (
+            x.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and self.config._attn_implementation == "sdpa"
+            and attention_mask is None
+            and past_key_values is None
+            and not (self.training and self.attention_dropout)
+        )
+
+    def _attend_in_blocks(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], documents: DocumentLengths | None
+    ) -> Tensor:
+        """(B, S, D) -> (B, S, H * d), by the function written for this case."""
+        batch, sequence, _ = x.shape
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        qkv = F.linear(x, weight).flatten(0, 1)  # (T, (H + 2K) * d)
+        heads = self.config.num_attention_heads
+        gains = torch.cat(
+            (
+                (self.q_norm.weight * self.scaling).expand(heads, self.head_dim),
+                self.k_norm.weight.expand(heads // self.num_key_value_groups, self.head_dim),
+            )
+        )
+        cos, sin = (y.expand(batch, sequence, self.head_dim).flatten(0, 1) for y in position_embeddings)
+        out = causal_attention(
+            qkv, gains, heads // self.num_key_value_groups, self.q_norm.eps, cos, sin, documents or [sequence] * batch
+        )
+        return out.view(batch, sequence, heads * self.head_dim)
 
     def _attend_within_documents(
         self, q: Tensor, k: Tensor, v: Tensor, documents: DocumentLengths, dropout: float

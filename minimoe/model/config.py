@@ -27,6 +27,17 @@ _AT_LEAST_ONE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
     "max_position_embeddings num_experts num_experts_per_tok moe_intermediate_size".split()
 )
+# Far beyond any small model, and built or refused in seconds: a wrong figure must not fill the memory.
+MAX_LAYERS = 1000
+_MAX_PARAMETERS = 10**12
+_MAX_POSITIONS = 1 << 31
+_ROPE_KEYS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 _NOT_NEGATIVE = (
     "n_shared_experts first_k_dense_replace attention_dropout router_aux_loss_coef router_z_loss_coef "
     "router_bias_update_rate".split()
@@ -133,8 +144,18 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
     for key in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
         if not 0 < get[key] < float("inf"):
             problems[key] = f"must be a positive number, got {get[key]}"
+    if get["head_dim"] is not None and get["head_dim"] < 1:
+        problems["head_dim"] = f"must be at least 1, got {get['head_dim']}"
+    for key, most in (("num_hidden_layers", MAX_LAYERS), ("max_position_embeddings", _MAX_POSITIONS)):
+        if get[key] > most:
+            problems[key] = f"must be at most {most}, got {get[key]}"
+    problems.update(_token_id_problems(get))
+    if not _has_type(get.get("num_labels", 2), int) or get.get("num_labels", 2) > 1000:  # a name is made for each
+        problems["num_labels"] = f"must be at most 1000, got {get['num_labels']!r}"
     if problems:
         return problems
+    if num_parameters(get) > _MAX_PARAMETERS:
+        return {"hidden_size": f"with it the model has more than {_MAX_PARAMETERS:.0e} parameters"}
 
     if get["head_dim"] is None and get["hidden_size"] % get["num_attention_heads"]:
         problems["num_attention_heads"] = (
@@ -157,13 +178,54 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
         problems["router_bias_update_rate"] = "a selection bias exists only with scoring_func: sigmoid"
     if get["attention_dropout"] >= 1:
         problems["attention_dropout"] = f"must be below 1, got {get['attention_dropout']}"
-    rope_type = (get["rope_parameters"] or {}).get("rope_type", "default")
-    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-        problems["rope_parameters"] = (
-            f"unknown rope_type {rope_type!r}, known: default, {', '.join(ROPE_INIT_FUNCTIONS)}"
-        )
+    problems.update(_rope_problems(get))
     problems.update(_dispatch_problems(get))
     return problems
+
+
+def num_parameters(values: Mapping[str, Any]) -> int:
+    """Parameters of the matrices of a valid architecture, by arithmetic alone; norms are left out."""
+    get: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(MiniMoeConfig)} | dict(values)
+    hidden, heads = get["hidden_size"], get["num_attention_heads"]
+    head_dim = get["head_dim"] or hidden // heads
+    attention = 2 * hidden * head_dim * (heads + get["num_key_value_heads"])
+    experts = 3 * hidden * get["moe_intermediate_size"] * (get["num_experts"] + get["n_shared_experts"])
+    num_dense = min(get["first_k_dense_replace"], get["num_hidden_layers"])
+    num_moe = get["num_hidden_layers"] - num_dense
+    embeddings = get["vocab_size"] * hidden * (1 if get["tie_word_embeddings"] else 2)
+    return (
+        embeddings
+        + get["num_hidden_layers"] * attention
+        + num_dense * 3 * hidden * get["intermediate_size"]
+        + num_moe * (experts + hidden * get["num_experts"])
+    )
+
+
+def _token_id_problems(get: Mapping[str, Any]) -> dict[str, str]:
+    problems = {}
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = get[key] if isinstance(get[key], list) else [get[key]]
+        if not all(token is None or (_has_type(token, int) and 0 <= token < get["vocab_size"]) for token in ids):
+            problems[key] = f"must be below vocab_size {get['vocab_size']} and not negative, got {get[key]!r}"
+    return problems
+
+
+def _rope_problems(get: Mapping[str, Any]) -> dict[str, str]:
+    """Wrong rope_parameters; `transformers` only logs a warning about most of them."""
+    rope = get["rope_parameters"] or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type != "default" and (not isinstance(rope_type, str) or rope_type not in ROPE_INIT_FUNCTIONS):
+        known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+        return {"rope_parameters": f"unknown rope_type {rope_type!r}, known: {known}"}
+    missing = [key for key in _ROPE_KEYS.get(rope_type, ()) if key not in rope]
+    if missing:
+        return {"rope_parameters": f"rope_type {rope_type} also needs {', '.join(missing)}"}
+    for key, value in {"rope_theta": get.get("rope_theta") or 1.0, **rope}.items():
+        numbers = value if isinstance(value, list) else [value]
+        is_number = all(_has_type(number, float) and 0 < number < float("inf") for number in numbers)
+        if key not in ("rope_type", "type", "truncate") and value is not None and not is_number:
+            return {"rope_parameters": f"{key} must be a positive number, got {value!r}"}
+    return {}
 
 
 def _dispatch_problems(get: Mapping[str, Any]) -> dict[str, str]:

@@ -26,7 +26,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minimoe.model.attention import (
     DocumentLengths,
     MiniMoeAttention,
-    MiniMoeRMSNorm,
     MiniMoeRotaryEmbedding,
     document_lengths,
 )
@@ -42,6 +41,7 @@ from minimoe.model.losses import (
     router_z_loss,
 )
 from minimoe.model.moe import MoEFeedForward
+from minimoe.model.norm import MiniMoeRMSNorm
 from minimoe.model.precision import to_compute_dtype
 from minimoe.model.router import RouterOutput, TopKRouter
 

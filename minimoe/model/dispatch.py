@@ -43,17 +43,14 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
     Returns:
         (T, D) in the dtype of `tokens`.
     """
-    num_tokens, num_slots = expert_ids.shape
+    num_slots = expert_ids.shape[1]
     # dispatch: one row per slot, brought into the order of the experts
     order, ends = sort_by_expert(expert_ids, experts.down_proj.shape[0])
-    slots = tokens.repeat_interleave(num_slots, dim=0)  # (T*k, D)
-    rows = permute_rows(slots, order)
+    rows = replicate_rows(tokens, order, num_slots)  # tokens.repeat_interleave(k, dim=0)[order], (T*k, D)
     # experts: each computes its contiguous rows
     outputs = experts(rows, ends)
     # combine: every result returns to its slot; k weighted slots make one token
-    slots = permute_rows(outputs, order.argsort())
-    slots = slots.view(num_tokens, num_slots, tokens.shape[1])
-    return (slots * weights[..., None]).sum(dim=1).to(tokens.dtype)
+    return combine_rows(outputs, order, weights).to(tokens.dtype)
 
 
 def grouped(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
@@ -94,19 +91,60 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     return order, ends
 
 
-def permute_rows(rows: Tensor, order: Tensor) -> Tensor:
-    """rows[order] for a permutation, whose backward is a gather too instead of a scatter with atomics."""
-    return _Permute.apply(rows, order)
+def replicate_rows(tokens: Tensor, order: Tensor, num_slots: int) -> Tensor:
+    """`tokens.repeat_interleave(num_slots, dim=0)[order]`, (T, D) -> (T*k, D), in one gather.
+
+    Its backward is a gather and a sum over slots, where autograd's would be a scatter with atomics.
+    """
+    return _Replicate.apply(tokens, order, num_slots)
 
 
-class _Permute(torch.autograd.Function):
+def combine_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Undo `order`, then `(slots.view(T, k, D) * weights[..., None]).sum(dim=1)`: (T*k, D) -> (T, D).
+
+    The sum is in the precision of `weights` (T, k), float32. Neither the rows in slot order nor their products with
+    the weights are kept: backward gathers again.
+    """
+    return _Combine.apply(rows, order, weights)
+
+
+class _Replicate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, num_slots: int) -> Tensor:
         ctx.save_for_backward(order)
-        return rows.index_select(0, order)
+        ctx.num_slots = num_slots
+        return tokens.index_select(0, order // num_slots)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        return grad.index_select(0, order.argsort()), None
+        slots = grad.index_select(0, _inverse(order))
+        return slots.view(-1, ctx.num_slots, grad.shape[1]).sum(dim=1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, order, weights)
+        places = _inverse(order).view(weights.shape)  # (T, k): the row of each slot
+        combined = rows.index_select(0, places[:, 0]) * weights[:, 0, None]
+        for slot in range(1, weights.shape[1]):
+            combined += rows.index_select(0, places[:, slot]) * weights[:, slot, None]
+        return combined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        rows, order, weights = ctx.saved_tensors
+        places = _inverse(order).view(weights.shape)
+        grad_weights = torch.empty_like(weights)
+        for slot in range(weights.shape[1]):
+            grad_weights[:, slot] = (grad * rows.index_select(0, places[:, slot])).sum(dim=1)
+        grad_rows = grad.to(rows.dtype).index_select(0, order // weights.shape[1])
+        return grad_rows.mul_(weights.flatten()[order, None]), None, grad_weights
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`: slot s is row inverse[s]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))

@@ -10,6 +10,7 @@ plain autograd would allocate a gradient of the full stack for every expert, E t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minimoe.model.precision import to_compute_dtype
+
+aten = torch.ops.aten
 
 
 class Experts(nn.Module):
@@ -38,8 +41,11 @@ class Experts(nn.Module):
         Returns:
             (N, D) in the computing dtype (autocast's, if on).
         """
-        rows, gate_up, down = to_compute_dtype(rows, self.gate_up_proj, self.down_proj)
-        return _GroupedSwiGLU.apply(rows, gate_up, down, ends.tolist())
+        (rows,) = to_compute_dtype(rows)
+        if rows.device.type == "cuda":
+            gate_up, down = to_compute_dtype(self.gate_up_proj, self.down_proj)
+            return grouped_mm_swiglu(rows, gate_up, down, ends)
+        return _GroupedSwiGLU.apply(rows, self.gate_up_proj, self.down_proj, ends.tolist())
 
     def unstacked(self) -> list[tuple[Tensor, Tensor]]:
         """(gate_up (2I, D), down (D, I)) of every expert; one `unbind` each, so gradients are stacked once."""
@@ -52,11 +58,19 @@ def swiglu(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-class _GroupedSwiGLU(torch.autograd.Function):
-    """SwiGLU of contiguous groups of rows, one matrix product per group and weight.
+def grouped_mm_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    """All experts on their rows in two kernels that read `ends` on the device, so that the host need not wait."""
+    offsets = ends.to(torch.int32)
+    gate, up = F.grouped_mm(rows, gate_up.mT, offs=offsets).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, down.mT, offs=offsets)
 
-    Saved for backward: rows and the pre-activations; the activation is computed again, which is cheap and saves
-    N*I numbers.
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """SwiGLU of contiguous groups of rows, one expert after the other, in the dtype of `rows`.
+
+    Everything an expert needs beside its rows (weights in the computing dtype, activations, gradients of them) is
+    made for that expert alone: it stays in the cache, and memory that is used again costs no page faults. Saved for
+    backward: rows and the pre-activations; the activation is computed again, which is cheap and saves N*I numbers.
     """
 
     @staticmethod
@@ -64,11 +78,10 @@ class _GroupedSwiGLU(torch.autograd.Function):
         width = down.shape[2]
         hidden = rows.new_empty(rows.shape[0], 2 * width)  # (N, 2I)
         out = torch.empty_like(rows)
-        for expert, group in _groups(ends):
-            torch.mm(rows[group], gate_up[expert].t(), out=hidden[group])
-        activated = F.silu(hidden[:, :width]).mul_(hidden[:, width:])  # (N, I)
-        for expert, group in _groups(ends):
-            torch.mm(activated[group], down[expert].t(), out=out[group])
+        for expert, group, _ in _groups(ends, rows):
+            torch.mm(rows[group], gate_up[expert].to(rows.dtype).t(), out=hidden[group])
+            activated = F.silu(hidden[group, :width]).mul_(hidden[group, width:])  # (n, I)
+            torch.mm(activated, down[expert].to(rows.dtype).t(), out=out[group])
         ctx.save_for_backward(rows, gate_up, down, hidden)
         ctx.ends = ends
         return out
@@ -79,39 +92,48 @@ class _GroupedSwiGLU(torch.autograd.Function):
         rows, gate_up, down, hidden = ctx.saved_tensors
         width = down.shape[2]
         grad_out = grad_out.contiguous()
-        gate, up = hidden[:, :width], hidden[:, width:]
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        activated = silu * up
-
-        grad_down, grad_gate_up = torch.empty_like(down), torch.empty_like(gate_up)
-        grad_activated = torch.empty_like(activated)
-        for expert, group in _groups(ctx.ends):
-            torch.mm(grad_out[group], down[expert], out=grad_activated[group])
-            torch.mm(grad_out[group].t(), activated[group], out=grad_down[expert])
-
-        # d silu(g)/dg = sigmoid(g) * (1 + g * (1 - sigmoid(g))) = sigmoid + silu * (1 - sigmoid)
-        grad_hidden = torch.empty_like(hidden)
-        torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
-        slope = silu.mul_(1 - sigmoid).add_(sigmoid)
-        torch.mul(grad_activated.mul_(up), slope, out=grad_hidden[:, :width])
-
-        grad_rows = torch.empty_like(rows)
-        for expert, group in _groups(ctx.ends):
-            torch.mm(grad_hidden[group], gate_up[expert], out=grad_rows[group])
-            torch.mm(grad_hidden[group].t(), rows[group], out=grad_gate_up[expert])
+        grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
+        for expert, group, size in _groups(ctx.ends, rows):
+            gate, up = hidden[group, :width], hidden[group, width:]
+            silu = F.silu(gate)
+            activated = silu * up  # (n, I)
+            grad_activated = grad_out[group] @ down[expert].to(rows.dtype)
+            grad_hidden = rows.new_empty(activated.shape[0], 2 * width)
+            torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
+            aten.silu_backward(grad_activated.mul_(up), gate, grad_input=grad_hidden[:, :width])
+            activated[size:] = grad_hidden[size:] = 0  # rows of other experts add nothing to this one's weights
+            _product_into(grad_down[expert], grad_out[group].t(), activated)
+            _product_into(grad_gate_up[expert], grad_hidden.t(), rows[group])
+            torch.mm(grad_hidden, gate_up[expert].to(rows.dtype), out=grad_rows[group])
         for expert in _idle(ctx.ends):
             grad_down[expert].zero_()
             grad_gate_up[expert].zero_()
         return grad_rows, grad_gate_up, grad_down, None
 
 
-def _groups(ends: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has rows; ends [6, 6, 20] -> (0, 0:6), (2, 6:20)."""
-    starts = [0, *ends[:-1]]
-    return [
-        (expert, slice(start, end)) for expert, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < end
-    ]
+def _product_into(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """target = left @ right; a target of higher precision is converted to."""
+    if target.dtype == left.dtype:
+        torch.mm(left, right, out=target)
+    else:
+        target.copy_(left @ right)
+
+
+def _groups(ends: list[int], rows: Tensor) -> Iterator[tuple[int, slice, int]]:
+    """(expert, its rows, their number) of every expert that has rows; ends [6, 6, 20] -> (0, 0:6, 6), (2, 6:20, 14).
+
+    In bf16 on a CPU the slice is longer: torch builds a new kernel for every new number of rows, which takes about
+    as long as a small product, so numbers are rounded up to a few that come again. The rows behind a group belong to
+    the experts that follow: what is computed for them is wrong and is overwritten when their turn comes.
+    """
+    multiple = 32 if rows.dtype == torch.bfloat16 else 1
+    start = 0
+    for expert, end in enumerate(ends):
+        size = end - start
+        if size:
+            stop = start + -(-size // multiple) * multiple
+            yield expert, slice(start, stop if stop <= rows.shape[0] else end), size
+        start = end
 
 
 def _idle(ends: list[int]) -> list[int]:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from minimoe.model.precision import to_compute_dtype
 
 IGNORE_INDEX = -100  # label of positions that are not learned; torch's and transformers' convention
-_CHUNK_ROWS = 256  # rows of logits held at once by `fused_next_token_loss`
+_CHUNK_ROWS = 1024  # rows of logits held at once by `fused_next_token_loss`
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, num_targets: Tensor | int | None = None) -> Tensor:

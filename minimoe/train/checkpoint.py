@@ -35,7 +35,7 @@ from minimoe.train.guard import StepGuard
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"
 OPTIMIZER_STATE = "optimizer.safetensors"
-_TEMPORARY = ".writing-"
+_WRITING, _DELETING = ".writing-", ".deleting-"  # folders that no reader may see
 
 
 @dataclass
@@ -53,6 +53,7 @@ class TrainerState:
     data_fingerprint: str = ""
     config: dict[str, Any] = field(default_factory=dict)  # of the run, to tell what a resumed run changes
     guard: StepGuard = field(default_factory=StepGuard)
+    validation_due: bool = False  # of this step: it was cut short by a request to stop
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     Raises:
         StorageError: it cannot be written; the temporary folder is gone then.
     """
-    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+    temporary = target.with_name(f"{_WRITING}{target.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -171,7 +172,7 @@ def written_whole(target: Path) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         if target.exists():
-            shutil.rmtree(target)
+            _delete(target)
         failpoint("save.rename")
         temporary.rename(target)
         failpoint("save.published")
@@ -246,13 +247,14 @@ def prune(root: Path, keep_last: int, best_step: int | None) -> None:
     for folder in verified[keep_last:]:
         if best_step is None or folder.name != f"step-{best_step:08d}":
             failpoint("prune.delete")
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
 
 
 def sweep(root: Path) -> None:
     """Remove what an interrupted save left behind."""
-    for folder in root.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for prefix in (_WRITING, _DELETING):
+        for folder in root.glob(f"{prefix}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_state(folder: Path) -> TrainerState:
@@ -321,6 +323,13 @@ def _load_optimizer(optimizer: Optimizer, prefix: str, tensors: dict[str, Tensor
             state.setdefault(int(index), {})[moment] = tensor
     # The groups (rates, decay) are today's config's, not the checkpoint's: a resumed run may change them.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _delete(folder: Path) -> None:
+    """Remove a checkpoint so that it is either there completely or not at all."""
+    doomed = folder.rename(folder.with_name(f"{_DELETING}{folder.name}"))
+    failpoint("prune.renamed")
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _newest_first(root: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
@@ -52,6 +53,7 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
         raise UserError(f"train.device: {train.device} is not available here", mend=f"use auto or one of: {present}")
     name = train.device if train.device != "auto" else next(n for n in ("cuda", "mps", "cpu") if available[n])
     bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16(torch.device(name)))
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(
         cpu=name == "cpu",
         mixed_precision="bf16" if bf16 else "no",
@@ -119,6 +121,10 @@ def fit(
         state.wandb_run_id = logger.wandb_run_id
         wrapped.train()
         stop.defer()
+        if state.validation_due:
+            _validate(model, data.validation, train, accelerator, logger, state, total_steps, stop)
+            if state.validation_due:  # cut short again; the checkpoint of this step says so already
+                raise _preempted(stop, state.step, total_steps)
         seconds, clock, tokens_at_clock = logger.seconds, time.perf_counter(), state.tokens
         while state.step < total_steps:
             failpoint("train.step")
@@ -159,28 +165,21 @@ def fit(
                 logger.advance(state.step)
 
             paused = time.perf_counter()
-            val_loss = None
-            if data.validation is not None and (state.step % train.eval_every == 0 or last):
-                place = {"step": state.step, "seconds": round(seconds + paused - clock, 3)}
-                val_loss = _validate(model, data.validation, train, accelerator, logger, place, stop)
+            logger.seconds = seconds + paused - clock
+            if state.step % train.eval_every == 0 or last:
+                _validate(model, data.validation, train, accelerator, logger, state, total_steps, stop)
             if train.sample_every and (state.step % train.sample_every == 0 or last) and accelerator.is_main_process:
                 _log_samples(model, tokenizer, config, logger, state.step)
             saver.check()
             stopping = stop.agreed(accelerator) and not last
             if state.step % train.save_every == 0 or last or stopping:
-                if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
-                    state.best_val_loss, state.best_step = val_loss, state.step
                 rng = gather_object([checkpoint.get_rng()])
                 if accelerator.is_main_process:
                     saver.submit(checkpoint.take_snapshot(model, optimizers, state, rng))
             if stopping:
                 saver.wait()
                 accelerator.wait_for_everyone()
-                raise Preempted(
-                    f"stopped by {stop.signal_name or 'another process'} after step {state.step} of {total_steps}; "
-                    "everything is saved",
-                    mend="start the same command with --resume",
-                )
+                raise _preempted(stop, state.step, total_steps)
             clock += time.perf_counter() - paused  # seconds and tokens per second are of training alone
 
     return _export_final(folder, model, tokenizer, accelerator)
@@ -227,25 +226,36 @@ def _forward_backward(
 
 def _validate(
     model: Any,
-    validation: Validation,
+    validation: Validation | None,
     train: TrainConfig,
     accelerator: Accelerator,
     logger: MetricsLogger,
-    place: dict[str, Any],
+    state: TrainerState,
+    total_steps: int,
     stop: StopRequest,
-) -> float | None:
-    """Score the held-out documents, log a row that begins with `place` and return the loss (nats per token).
-
-    None when asked to stop.
-    """
+) -> None:
+    """Score the held-out documents and log the result; it stays due when the run is asked to stop meanwhile."""
+    if validation is None:
+        return
+    state.validation_due = True
     rows = micro_rows(train, accelerator)
     try:
         result = evaluate_model(model, validation, rows, accelerator, lambda: stop.check(accelerator))
     except StopRequested:
-        return None
-    row = place | {"val_loss": result.loss, "val_perplexity": result.perplexity}
+        return
+    state.validation_due = False
+    row = {"step": state.step, "seconds": round(logger.seconds, 3), "val_loss": result.loss, "val_perplexity": result.perplexity}
     logger.log_evaluation(row | {"val_bits_per_byte": result.bits_per_byte})
-    return result.loss
+    saved = state.step % train.save_every == 0 or state.step == total_steps
+    if saved and (state.best_val_loss is None or result.loss < state.best_val_loss):
+        state.best_val_loss, state.best_step = result.loss, state.step
+
+
+def _preempted(stop: StopRequest, step: int, total_steps: int) -> Preempted:
+    return Preempted(
+        f"stopped by {stop.signal_name or 'another process'} after step {step} of {total_steps}; everything is saved",
+        mend="start the same command with --resume",
+    )
 
 
 @contextlib.contextmanager

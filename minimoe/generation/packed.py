@@ -1,0 +1,315 @@
+"""The model laid out for generating on a CPU: the same function as its forward, several times as fast.
+
+Decoding reads all active weights for a row or a few, so it can be as fast as memory is read. `F.linear` on so few
+rows reaches a third of that speed or less. What comes near it:
+
+- weights that oneDNN has packed once into the blocks its kernels read; whole prompts are faster on them too,
+- single vectors through `embedding_bag` (see `ColumnTable`): the experts of all slots take two calls, where a call
+  for each expert costs as much as its product.
+
+The rest is fewer calls a layer: query, key and value in one product, heads that share keys attended as one, no
+modules. The layouts are copies: with them the weights take about three times the memory.
+
+B rows, n tokens fed a row, T tokens = B*n, D hidden, H query heads, K key/value heads, d head_dim, L positions in
+the cache, E experts, k experts per token, I expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
+from minimoe.model.attention import MiniMoeAttention, MiniMoeRMSNorm, MiniMoeRotaryEmbedding, rotate
+from minimoe.model.decoder import MiniMoeDecoderLayer, MiniMoeForCausalLM, MiniMoeModel
+from minimoe.model.experts import Experts
+from minimoe.model.feed_forward import SwiGLU
+from minimoe.model.moe import MoEFeedForward
+from minimoe.model.router import TopKRouter
+
+MAX_BYTES = 4 * 2**30  # of weights; larger models are not copied
+ROWS_HINT = 8  # rows that oneDNN picks its blocks for; measured as good from 1 to 128 rows
+SLOTS_PER_EXPERT = 2  # up to so many on average, slots are vectors; above, an expert's rows are one product
+
+
+# A model made of anything else (adapters, quantised layers) is left alone.
+KNOWN_MODULES = {
+    MiniMoeForCausalLM,
+    MiniMoeModel,
+    MiniMoeDecoderLayer,
+    MiniMoeAttention,
+    MiniMoeRMSNorm,
+    MiniMoeRotaryEmbedding,
+    MoEFeedForward,
+    TopKRouter,
+    Experts,
+    SwiGLU,
+    nn.Linear,
+    nn.Embedding,
+    nn.ModuleList,
+}
+
+
+def why_not_packed(model: Any) -> str | None:
+    """What keeps a model from being packed; None when nothing does."""
+    if type(model) is not MiniMoeForCausalLM:
+        return f"{type(model).__name__} is not {MiniMoeForCausalLM.__name__}"
+    if model.device.type != "cpu":
+        return f"the model is on {model.device.type}, not on a CPU"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        return f"its weights are {' and '.join(sorted(map(str, dtypes)))}"
+    if torch.bfloat16 in dtypes and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 products"
+    if sum(parameter.nbytes for parameter in model.parameters()) > MAX_BYTES:
+        return f"copies of more than {MAX_BYTES / 2**30:.0f} GiB of weights would take too much memory"
+    for name, module in model.named_modules():
+        if type(module) not in KNOWN_MODULES or module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} is not as minimoe made it"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    return None
+
+
+def weights_version(model: Any) -> tuple[tuple[int, int], ...]:
+    """Changes when weights do, in place or not: a packed copy of another version is out of date."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+class PackedModel:
+    """A copy of the weights and the step over them."""
+
+    def __init__(self, model: MiniMoeForCausalLM) -> None:
+        self._model = model
+        self._layers = [PackedLayer(layer) for layer in model.model.layers]
+        self._norm = PackedNorm(model.model.norm)
+        self._head = PackedLinear(model.lm_head.weight)
+
+    @torch.inference_mode()
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, cache: PreallocatedCache, mask: Tensor | None = None
+    ) -> Tensor:
+        """Feed tokens (B, n) at their positions (B, n) and return the logits (B, V) of the last of each row.
+
+        Args:
+            cache: earlier keys and values; updated in place.
+            mask: (B, L + n), nonzero for what is not padding; None where nothing is.
+        """
+        batch, num_tokens = input_ids.shape
+        x = self._model.model.embed_tokens(input_ids)  # (B, n, D)
+        cos_sin = self._model.model.rotary_emb(x.float(), position_ids)
+        bias = _attention_bias(mask, num_tokens, cache.get_seq_length(), x.dtype)
+        x = x.flatten(0, 1)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            x = layer(x, (batch, num_tokens), cos_sin, bias, layer_cache)
+        last = x.view(batch, num_tokens, -1)[:, -1]
+        return self._head(self._norm(last))
+
+
+class PackedLayer:
+    """One decoder layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        assert isinstance(layer, MiniMoeDecoderLayer)
+        attention, self._mlp = layer.self_attn, _packed_feed_forward(layer.mlp)
+        config = attention.config
+        self._head_dim, self._scaling = attention.head_dim, attention.scaling
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._qkv = PackedLinear(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        self._output = PackedLinear(attention.o_proj.weight)
+        self._qk_norm = PackedNorm(*[attention.q_norm] * self._heads, *[attention.k_norm] * self._kv_heads)
+        self._input_norm = PackedNorm(layer.input_layernorm)
+        self._post_norm = PackedNorm(layer.post_attention_layernorm)
+
+    def __call__(
+        self,
+        x: Tensor,
+        shape: tuple[int, int],
+        cos_sin: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        cache: PreallocatedLayer,
+    ) -> Tensor:
+        """x (T, D) -> (T, D)."""
+        batch, num_tokens = shape
+        qkv = self._qkv(self._input_norm(x)).view(batch, num_tokens, self._heads + 2 * self._kv_heads, self._head_dim)
+        qk, v = qkv.split([self._heads + self._kv_heads, self._kv_heads], dim=2)
+        qk = rotate(self._qk_norm(qk.float()), *cos_sin).to(v.dtype)  # (B, n, H + K, d)
+        q, k = qk.split([self._heads, self._kv_heads], dim=2)
+        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))  # (B, K, L + n, d)
+        if num_tokens == 1:
+            # The G heads that share a key head are attended like G positions of one head.
+            q = q.reshape(batch, self._kv_heads, -1, self._head_dim)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=self._scaling)
+        else:
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                keys,
+                values,
+                attn_mask=bias,
+                is_causal=bias is None,
+                scale=self._scaling,
+                enable_gqa=self._heads != self._kv_heads,
+            ).transpose(1, 2)  # (B, n, H, d)
+        x = x + self._output(out.reshape(x.shape[0], -1))
+        return x + self._mlp(self._post_norm(x))
+
+
+class PackedLinear:
+    """x -> x W^T on weights (out, in) that are stacked: packed for many rows, a column table for a single one."""
+
+    def __init__(self, *weights: Tensor) -> None:
+        weight = torch.cat(weights).detach()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        self._table = ColumnTable(weight[None], torch.get_num_threads())
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if len(rows) == 1:
+            return self._table(rows)
+        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+
+
+class ColumnTable:
+    """Products of matrices (E, out, in) with single vectors: W x is the sum of W's columns, each weighted by its x_i.
+
+    The columns are rows of a table, so `embedding_bag` sums them: a bag a vector, each with a matrix of its own. It
+    gives a bag to one thread; where there are fewer vectors than threads, a matrix is cut into P blocks of outputs,
+    a bag each. Row (e*in + i)*P + p of the table is block p of column i of matrix e.
+    """
+
+    def __init__(self, matrices: Tensor, blocks: int) -> None:
+        count, outputs, inputs = matrices.shape
+        blocks = math.gcd(blocks, outputs)
+        self._columns = matrices.transpose(1, 2).reshape(count * inputs * blocks, outputs // blocks)
+        rows = torch.arange(len(self._columns), dtype=torch.int32)
+        self._rows = rows.view(count, inputs, blocks).transpose(1, 2).contiguous()  # (E, P, in)
+        self._starts = torch.arange(0, blocks * inputs, inputs, dtype=torch.int32)
+
+    def __call__(self, x: Tensor, matrix_ids: Tensor | None = None) -> Tensor:
+        """x (N, in), matrix_ids (N,) or None for the only matrix -> (N, out)."""
+        rows = self._rows if matrix_ids is None else self._rows.index_select(0, matrix_ids)  # (N, P, in)
+        weights = x.unsqueeze(1).expand(rows.shape).reshape(-1)
+        starts = self._starts
+        if len(x) > 1:
+            starts = torch.arange(0, rows.numel(), rows.shape[2], dtype=torch.int32)
+        sums = torch.embedding_bag(self._columns, rows.flatten(), starts, False, 0, False, weights, False)[0]
+        return sums.view(len(x), -1)
+
+
+class PackedNorm:
+    """RMS norm x / sqrt(mean(x^2) + eps) * weight, as x * (sqrt(D) weight) / hypot(|x|, sqrt(D eps)).
+
+    Several norms are for x (..., norms, D) and normalise each [i] with its own weight.
+    """
+
+    def __init__(self, *norms: MiniMoeRMSNorm) -> None:
+        weights = [norm.weight.detach().float() for norm in norms]
+        size = weights[0].numel()
+        self._weight = (torch.stack(weights) if len(norms) > 1 else weights[0]) * size**0.5
+        self._floor = torch.tensor((size * norms[0].eps) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x * (self._weight / torch.hypot(length, self._floor))).to(x.dtype)
+
+
+class PackedSwiGLU:
+    """down(silu(gate(x)) * up(x)) with gate and up in one product."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        self.gate_up, self.down = PackedLinear(gate_up), PackedLinear(down)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.down(gated(self.gate_up(rows)))
+
+
+def gated(hidden: Tensor) -> Tensor:
+    """(N, 2I), gate first -> silu(gate) * up (N, I)."""
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class PackedMoE:
+    """The MoE block. The router is the model's own."""
+
+    def __init__(self, block: MoEFeedForward) -> None:
+        self._gate = block.gate
+        self._experts = PackedExperts(block.experts)
+        self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        routing = self._gate(tokens)
+        y = self._experts(tokens, routing.expert_ids, routing.weights)
+        return y if self._shared is None else y + self._shared(tokens)
+
+
+class PackedExperts:
+    """All experts of a layer, in two layouts, each made when it is first needed."""
+
+    def __init__(self, experts: Experts) -> None:
+        self._source = experts
+        self._num_experts = experts.down_proj.shape[0]
+
+    def __call__(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """tokens (T, D), expert_ids (T, k), weights (T, k) float32 -> (T, D)."""
+        num_tokens, k = expert_ids.shape
+        flat = expert_ids.flatten()
+        if num_tokens == 1:
+            outputs = self._as_vectors(tokens.expand(k, -1), flat)
+        else:
+            # Sorted by expert, so that a matrix is read by neighbours while it is in the cache.
+            order = flat.argsort(stable=True)
+            rows, ids = tokens.index_select(0, order // k), flat.index_select(0, order)
+            run = self._as_vectors if len(flat) <= SLOTS_PER_EXPERT * self._num_experts else self._one_by_one
+            outputs = torch.empty_like(rows).index_copy_(0, order, run(rows, ids))
+        # (T, 1, k) @ (T, k, D), summed in float32 as the dispatch paths do
+        outputs = outputs.view(num_tokens, k, -1).float()
+        return torch.bmm(weights.unsqueeze(1), outputs).squeeze(1).to(tokens.dtype)
+
+    def _as_vectors(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
+        """Two calls, whatever experts there are; a row is a vector of its own."""
+        gate_up, down = self._tables
+        return down(gated(gate_up(rows, expert_ids)), expert_ids)
+
+    def _one_by_one(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
+        """Two calls an expert, for all its rows."""
+        counts = torch.bincount(expert_ids, minlength=self._num_experts).tolist()
+        parts = zip(self._packed, rows.split(counts), strict=True)
+        return torch.cat([expert(part) for expert, part in parts if len(part)])
+
+    @cached_property
+    def _tables(self) -> tuple[ColumnTable, ColumnTable]:
+        source = self._source
+        return ColumnTable(source.gate_up_proj.detach(), 1), ColumnTable(source.down_proj.detach(), 1)
+
+    @cached_property
+    def _packed(self) -> list[PackedSwiGLU]:
+        return [PackedSwiGLU(gate_up, down) for gate_up, down in self._source.unstacked()]
+
+
+def _packed_feed_forward(module: nn.Module) -> PackedMoE | PackedSwiGLU:
+    if isinstance(module, MoEFeedForward):
+        return PackedMoE(module)
+    assert isinstance(module, SwiGLU)
+    gate_up = torch.cat((module.gate_proj.weight, module.up_proj.weight))
+    return PackedSwiGLU(gate_up, module.down_proj.weight)
+
+
+def _attention_bias(mask: Tensor | None, num_tokens: int, past: int, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores, (B or 1, 1, n, L); None for one token that sees all, and for a plain prompt."""
+    if mask is None and (num_tokens == 1 or past == 0):
+        return None
+    total = past + num_tokens
+    allowed = torch.ones(num_tokens, total, dtype=torch.bool).tril(past)[None, None]  # (1, 1, n, L)
+    if mask is not None:
+        # Padding sees itself, so that no row is empty.
+        itself = torch.eye(num_tokens, total, dtype=torch.bool).roll(past, 1)
+        allowed = allowed & mask.bool()[:, None, None] | itself
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, float("-inf"))

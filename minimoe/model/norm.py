@@ -1,0 +1,56 @@
+"""RMS normalisation (arXiv 1910.07467), computed in float32.
+
+On a CPU torch builds `F.rms_norm` and its backward from a dozen passes over memory, and keeps most of their results
+for backward; the function here makes fewer passes and keeps only its input and one number per row.
+
+N rows, D size of the last dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class MiniMoeRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled() and x.dtype == torch.float32:
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms over the last dimension: (..., D) -> (..., 1)."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        # dx = inverse * (g - x_hat * mean(g * x_hat)), where x_hat = x * inverse and g = grad * weight
+        x_hat = x * inverse
+        product = grad * x_hat
+        mean = (product @ weight).div_(weight.shape[0])[..., None]
+        grad_x = (grad * weight).addcmul_(x_hat, mean, value=-1).mul_(inverse)
+        return grad_x, product.flatten(0, -2).sum(0), None

@@ -1,0 +1,259 @@
+"""minimoe beside its peers, in one run: `python scripts/benchmark.py` prints tables and rewrites docs/benchmarks.md.
+
+Every subject lives in a process of its own, and subjects take turns (A B C A B C ...), so that whatever else the
+machine does hits all of them alike. Figures are medians; ratios are medians of the ratios within a turn. The
+machine's ceilings (large matrix products, a large copy) are measured first, and figures are given as shares of
+them too. What each job does is in `benchmark_subjects.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Figures = dict[str, float]
+Rows = list[dict[str, Any]]
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+MARKER = "<!-- figures: written by scripts/benchmark.py, do not edit below -->"
+TRAINERS = "minimoe,qwen3 eager,qwen3 grouped_mm,qwen3 grouped_mm compiled,literal loop,dense".split(",")
+GENERATORS = ("minimoe", "qwen3 eager", "qwen3 grouped_mm")
+ROUTINGS = ((4, 1408, 2), (8, 768, 2), (16, 512, 4), (32, 256, 4), (64, 256, 4))  # experts, width, k
+SECTIONS = "train layer attention decode data".split()
+
+
+class Worker:
+    """A subject in a process of its own, which works only between `go` and the answer."""
+
+    def __init__(self, job: str, **arguments: Any) -> None:
+        command = [sys.executable, __file__, "--worker", json.dumps({"job": job, **arguments})]
+        # What `minimoe` sets for itself, here for every subject. A worker that waits for its turn spins some 10 ms,
+        # then it sleeps.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000000"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def answer(self) -> Figures:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker died: {self.process.args!r}")
+        return json.loads(line)
+
+    def go(self) -> Figures:
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+def work(request: dict[str, Any]) -> None:
+    """The worker's side: prepare, then one run per line of standard input."""
+    from benchmark_subjects import JOBS, Shape
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    if "shape" in request:
+        request["shape"] = Shape(**request["shape"])
+    run = JOBS[request.pop("job")](**request)
+    print(json.dumps({}), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(run()), file=answers, flush=True)
+
+
+def take_turns(workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, list[Figures]]:
+    """Figures of at least `rounds` rounds and so many seconds, by subject; the first round is thrown away."""
+    for worker in workers.values():
+        worker.answer()  # prepared
+    for worker in workers.values():
+        worker.go()
+    figures: dict[str, list[Figures]] = {name: [] for name in workers}
+    start = time.perf_counter()
+    while len(figures[next(iter(workers))]) < rounds or time.perf_counter() - start < seconds:
+        for name, worker in workers.items():
+            figures[name].append(worker.go())
+    for worker in workers.values():
+        worker.process.communicate()
+    return figures
+
+
+def median(figures: list[Figures], name: str = "seconds") -> float:
+    return statistics.median(figure[name] for figure in figures)
+
+
+def ratio(figures: list[Figures], base: list[Figures], name: str = "seconds") -> float:
+    """Median over the turns of figures / base."""
+    return statistics.median(a[name] / b[name] for a, b in zip(figures, base, strict=True))
+
+
+class Benchmark:
+    """One run: the options, the ceilings, and a table of every section."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from benchmark_subjects import GPU_SHAPES, SHAPES
+
+        self.options = options
+        shapes = {**SHAPES, **(GPU_SHAPES if options.device == "cuda" else {})}
+        self.shapes = {name: shape for name, shape in shapes.items() if options.shape in (None, name)}
+        self.base = SHAPES["few"]
+        self.ceilings = self.turns({"machine": Worker("ceilings", device=options.device)}, rounds=1)["machine"][0]
+
+    def turns(self, workers: dict[str, Worker], rounds: int | None = None) -> dict[str, list[Figures]]:
+        return take_turns(workers, rounds or self.options.rounds, 0 if rounds else self.options.seconds)
+
+    def train(self) -> Rows:
+        """Whole optimizer steps."""
+        rows = []
+        for shape_name, shape in self.shapes.items():
+            for dtype in self.options.dtype:
+                common = {"shape": asdict(shape), "dtype": dtype, "device": self.options.device}
+                figures = self.turns({name: Worker("train_step", subject=name, **common) for name in TRAINERS})
+                for name in TRAINERS:
+                    seconds = median(figures[name])
+                    rows.append(
+                        {
+                            "shape": shape_name,
+                            "dtype": dtype,
+                            "subject": name,
+                            "step, s": seconds,
+                            "times minimoe": ratio(figures[name], figures["minimoe"]),
+                            "tokens/s": shape.batch * shape.sequence / seconds,
+                            "GFLOP/s": shape.step_flops() / seconds / 1e9,
+                            "of products' speed": shape.step_flops() / seconds / self.ceilings[dtype],
+                            "peak memory, MB": median(figures[name], "peak_bytes") / 1e6,
+                        }
+                    )
+        return rows
+
+    def layer(self) -> Rows:
+        """One MoE block, forward and backward, against nothing but its matrix products."""
+        rows = []
+        for experts, width, k in ROUTINGS:
+            shape = replace(self.base, experts=experts, width=width, k=k)
+            for dtype in self.options.dtype:
+                common = {"shape": asdict(shape), "dtype": dtype, "device": self.options.device}
+                workers = {job: Worker(job, **common) for job in ("moe_layer", "bare_products")}
+                figures = self.turns(workers, rounds=5)
+                rows.append(
+                    {
+                        "experts": f"{experts} x {width}, top-{k}",
+                        "dtype": dtype,
+                        "MoE block, s": median(figures["moe_layer"]),
+                        "products alone, s": median(figures["bare_products"]),
+                        "speed of the products": ratio(figures["bare_products"], figures["moe_layer"]),
+                    }
+                )
+        return rows
+
+    def attention(self) -> Rows:
+        """One attention block, forward and backward: packed documents against one document a row."""
+        rows = []
+        for dtype in self.options.dtype:
+            common = {"shape": asdict(self.base), "dtype": dtype, "device": self.options.device}
+            workers = {f"{n} a row": Worker("attention", documents=n, **common) for n in (1, 2, 4, 8)}
+            figures = self.turns(workers, rounds=5)
+            for name, values in figures.items():
+                plain = figures["1 a row"]
+                rows.append(
+                    {"documents": name, "dtype": dtype, "s": median(values), "times plain causal": ratio(values, plain)}
+                )
+        return rows
+
+    def decode(self) -> Rows:
+        """Greedy tokens a second after a 128-token prompt, and the prompt's own tokens a second."""
+        rows = []
+        for batch in (1, 8):
+            common = {"shape": asdict(self.base), "batch": batch, "device": self.options.device}
+            figures = self.turns({name: Worker("decode", subject=name, **common) for name in GENERATORS}, rounds=3)
+            for name, values in figures.items():
+                rows.append(
+                    {
+                        "batch": batch,
+                        "subject": name,
+                        "tokens/s": median(values, "tokens_per_second"),
+                        "minimoe is faster by": ratio(figures["minimoe"], values, "tokens_per_second"),
+                        "of reading the weights": median(values, "bytes_per_second") / self.ceilings["copy"],
+                    }
+                )
+        return rows
+
+    def data(self) -> Rows:
+        """The loader, tokenisation, and the command line's start."""
+        figures = self.turns({"data": Worker("data")}, rounds=1)["data"][0]
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "minimoe.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        return [
+            {"work": "loader, tokens/s of one process", "figure": figures["loader_tokens_per_second"]},
+            {"work": "tokenisation, MB/s", "figure": figures["tokenised_mb_per_second"]},
+            {"work": "minimoe --help, s", "figure": time.perf_counter() - start},
+        ]
+
+
+def as_table(title: str, rows: Rows) -> Table:
+    table = Table(title=title)
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*map(spell, row.values()))
+    return table
+
+
+def as_markdown(title: str, rows: Rows) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([spell(value) for value in row.values()] for row in rows)]
+    return f"### {title}\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def spell(value: Any) -> str:
+    """Three digits that count."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="sections, default all; may be repeated")
+    parser.add_argument("--shape", help="one shape of the training section, default all")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], action="append", help="default both; may be repeated")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of every subject at least")
+    parser.add_argument("--seconds", type=float, default=20, help="go on taking turns so long")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"))
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        work(options.worker)
+        return
+    options.dtype = options.dtype or ["fp32", "bf16"]
+    benchmark, console = Benchmark(options), Console()
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.python_version()}"
+    ceilings = [{"ceiling": name, "G/s": value / 1e9} for name, value in benchmark.ceilings.items()]
+    tables: dict[str, Rows] = {f"Ceilings of {machine} (operations, bytes)": ceilings}
+    console.print(as_table(*next(iter(tables.items()))))
+    for section in options.only or SECTIONS:
+        method = getattr(benchmark, section)
+        title = method.__doc__.splitlines()[0]
+        tables[title] = method()
+        console.print(as_table(title, tables[title]))
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(tables, indent=1))
+    if options.only is None and DOCUMENT.exists():
+        text = DOCUMENT.read_text().partition(MARKER)[0] + MARKER + "\n\n"
+        DOCUMENT.write_text(text + "\n".join(as_markdown(*item) for item in tables.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The attention written for training on a CPU is the same function as torch's, in values and in gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import relative_error, tiny_config
+
+from minimoe.model.attention import MiniMoeAttention, MiniMoeRotaryEmbedding
+from minimoe.model.norm import MiniMoeRMSNorm
+
+# Norm-relative. float32: sums of a few hundred products. bf16: one rounding each (4e-3) of projections, normed
+# heads, scores, probabilities and the output, and again backwards.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.5e-2}
+
+
+def run(block, x, positions, documents, dtype):
+    """Output and gradients of x and every parameter."""
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y, _ = block(x, positions, documents=documents)
+    target = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    (y * target).sum().backward()
+    return {"output": y, "x": x.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("documents", [None, [1, 299, 1, 2, 150, 147]], ids=["rows", "documents"])
+def test_training_attention_equals_torch_attention_in_values_and_gradients(documents, kv_heads, dtype, monkeypatch):
+    torch.manual_seed(0)
+    config = tiny_config(
+        num_attention_heads=4, num_key_value_heads=kv_heads, attn_implementation="sdpa", max_position_embeddings=300
+    )
+    block = MiniMoeAttention(config, 0).train()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+    x = torch.randn(2, 300, config.hidden_size)  # more than two blocks of queries, and a part of one
+    positions = MiniMoeRotaryEmbedding(config)(x, torch.arange(300)[None])
+    results = run(block, x, positions, documents, dtype)
+    monkeypatch.setattr(MiniMoeAttention, "_trains_on_cpu", lambda *_: False)
+    expected = run(block, x, positions, documents, torch.float32)
+    for name, value in results.items():
+        assert relative_error(value, expected[name]) <= TOLERANCE[dtype], name
+
+
+def test_norm_of_training_equals_the_formula_in_values_and_gradients():
+    torch.manual_seed(0)
+    norm = MiniMoeRMSNorm(24, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 7, 24, requires_grad=True)
+    target = torch.randn(3, 7, 24)
+    results = torch.autograd.grad((norm(x) * target).sum(), [x, norm.weight])
+    by_hand = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    expected = torch.autograd.grad((by_hand * target).sum(), [x, norm.weight])
+    assert relative_error(norm(x), by_hand) <= 1e-6  # float32 rounding
+    for result, exact in zip(results, expected, strict=True):
+        assert relative_error(result, exact) <= 1e-6

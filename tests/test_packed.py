@@ -1,0 +1,165 @@
+"""The packed copy against the model's own forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import relative_error, tiny_config
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from minimoe import MiniMoeForCausalLM
+from minimoe.config import GenerationSection
+from minimoe.generation.cache import PreallocatedCache
+from minimoe.generation.engine import Engine
+from minimoe.generation.packed import ColumnTable, PackedModel, why_not_packed
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packing needs oneDNN")
+
+TOLERANCE = 1e-5  # float32: sums of up to ~50 products, each rounded to 6e-8, in another order; it grows with depth
+VARIANTS = {
+    "softmax": {},
+    "not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 2.5},
+    "sigmoid": {"scoring_func": "sigmoid", "routed_scaling_factor": 1.5},
+    "shared experts": {"n_shared_experts": 2},
+    "dense first": {"first_k_dense_replace": 1},
+    "dense": {"first_k_dense_replace": 3},
+    "one expert a token": {"num_experts_per_tok": 1},
+    "many experts": {"num_experts": 16, "num_experts_per_tok": 4},
+    "tied head": {"tie_word_embeddings": True},
+    "untied head": {"tie_word_embeddings": False},
+    "a key head for every head": {"num_key_value_heads": 4},
+    "one key head": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 32},
+    "scaled rope": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
+    "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+}
+
+
+def make_model(dtype: torch.dtype = torch.float32, **changes) -> MiniMoeForCausalLM:
+    """Weights far from their initial values, norms and selection bias included."""
+    torch.manual_seed(0)
+    model = MiniMoeForCausalLM(tiny_config(**{"num_hidden_layers": 3, "initializer_range": 0.2, **changes}))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "norm" in name or "e_score" in name:
+            tensor.data += 0.3 * torch.randn_like(tensor)
+    return model.to(dtype).eval()
+
+
+def steps_of_both(model: MiniMoeForCausalLM, pads: list[int], lengths: list[int]) -> list[tuple]:
+    """Logits (B, V) of packed copy and model after each of the feeds: rows with `pads[i]` pads at their beginning."""
+    packed, caches = PackedModel(model), [PreallocatedCache(model.config, 4) for _ in range(2)]
+    total, results, start = sum(lengths), [], 0
+    ids = torch.randint(model.config.vocab_size, (len(pads), total))
+    columns, padding = torch.arange(total), torch.tensor(pads)[:, None]
+    positions = torch.where(columns >= padding, columns - padding, columns)
+    mask = (columns >= padding).long() if any(pads) else None
+    for length in lengths:
+        end = start + length
+        now = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
+        seen = None if mask is None else mask[:, :end]
+        with torch.inference_mode():
+            expected = model(**now, attention_mask=seen, past_key_values=caches[0], use_cache=True).logits[:, -1]
+        results.append((packed(**now, cache=caches[1], mask=seen), expected))
+        start = end
+    return results
+
+
+@pytest.mark.parametrize("pads", [[0], [0] * 8, [3, 0, 5]], ids=["one row", "eight rows", "padded rows"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_models_own_in_prefill_decode_and_on_a_warm_cache(variant, pads):
+    # A prompt, single tokens, several tokens on a warm cache (a conversation's next turn), and single tokens again.
+    lengths = [9, 1, 1, 4, 1] if len(pads) == 1 else [9, 1, 1]
+    for logits, expected in steps_of_both(make_model(**VARIANTS[variant]), pads, lengths):
+        assert relative_error(logits, expected) < TOLERANCE
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("variant", ["softmax", "sigmoid", "shared experts", "dense first"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_bfloat16_logits_are_as_near_to_exact_ones_as_the_models_own(variant, rows):
+    # All experts chosen: otherwise a rounding may choose another expert, which tells nothing about the arithmetic.
+    model = make_model(torch.bfloat16, **VARIANTS[variant], num_experts=4, num_experts_per_tok=4)
+    torch.manual_seed(1)
+    both = steps_of_both(model, [0] * rows, [9, 1, 1])
+    torch.manual_seed(1)
+    exact = steps_of_both(copy.deepcopy(model).float(), [0] * rows, [9, 1, 1])
+    errors = [[relative_error(logits, truth) for logits in pair] for pair, (_, truth) in zip(both, exact, strict=True)]
+    packed, plain = (sum(column) for column in zip(*errors, strict=True))
+    assert both[0][0].dtype == torch.bfloat16
+    assert packed < 1.25 * plain
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_column_table_multiplies_each_vector_with_its_matrix(dtype, blocks):
+    torch.manual_seed(0)
+    matrices, x = torch.randn(3, 10, 7).to(dtype), torch.randn(4, 7).to(dtype)
+    ids = torch.tensor([2, 0, 2, 1])
+    expected = torch.stack([matrices[i].float() @ row.float() for i, row in zip(ids, x, strict=True)])
+    result = ColumnTable(matrices, blocks)(x, ids)
+    assert result.dtype == dtype
+    assert relative_error(result.float(), expected) < {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+
+
+def test_the_engine_decodes_on_the_packed_copy_and_notices_changed_weights(tiny_tokenizer):
+    engine = Engine(make_model(vocab_size=448), tiny_tokenizer)
+    first = engine.packed()
+    assert first is not None
+    assert engine.packed() is first
+    with torch.no_grad():
+        engine.model.lm_head.weight.neg_()  # in place, as an optimizer would
+    assert engine.packed() is not first
+
+
+def _hooked(model: nn.Module) -> nn.Module:
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    class LowRank(nn.Linear):
+        pass
+
+    model.model.layers[1].self_attn.q_proj = LowRank(32, 32)
+    return model
+
+
+REFUSED = {
+    "hooks": (_hooked, "layers.0"),
+    "adapters": (_adapted, "q_proj"),
+    "float64": (lambda model: model.double(), "float64"),
+    "mixed": (lambda model: model.model.norm.bfloat16() and model, "bfloat16 and torch.float32"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_any_other_model_decodes_with_its_own_forward_and_says_why(case, tiny_tokenizer):
+    change, reason = REFUSED[case]
+    model = make_model(vocab_size=448)
+    assert why_not_packed(model) is None
+    engine = Engine(change(model), tiny_tokenizer)
+    assert reason in why_not_packed(engine.model)
+    assert engine.packed() is None
+
+
+def test_another_architecture_and_autocast_are_named():
+    qwen = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, vocab_size=32)
+    )
+    assert "Qwen3MoeForCausalLM" in why_not_packed(qwen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "autocast" in why_not_packed(make_model())
+
+
+def test_greedy_text_is_the_same_with_and_without_packing(tiny_tokenizer, monkeypatch):
+    engine = Engine(make_model(vocab_size=448), tiny_tokenizer)
+    settings = GenerationSection(temperature=0, max_new_tokens=40, batch_size=8)
+    prompts = ["The cat", "Once upon a time there was a small boat", "What is 3 + 4?"]
+    fast = [completion.token_ids for completion in engine.generate(prompts, settings)]
+    plain = copy.copy(engine)
+    monkeypatch.setattr(plain, "packed", lambda: None)
+    assert fast == [completion.token_ids for completion in plain.generate(prompts, settings)]
