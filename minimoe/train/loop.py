@@ -244,8 +244,8 @@ def _validate(
     except StopRequested:
         return
     state.validation_due = False
-    row = {"step": state.step, "seconds": round(logger.seconds, 3), "val_loss": result.loss, "val_perplexity": result.perplexity}
-    logger.log_evaluation(row | {"val_bits_per_byte": result.bits_per_byte})
+    row = {"step": state.step, "seconds": round(logger.seconds, 3), "val_loss": result.loss}
+    logger.log_evaluation(row | {"val_perplexity": result.perplexity, "val_bits_per_byte": result.bits_per_byte})
     saved = state.step % train.save_every == 0 or state.step == total_steps
     if saved and (state.best_val_loss is None or result.loss < state.best_val_loss):
         state.best_val_loss, state.best_step = result.loss, state.step
