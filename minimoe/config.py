@@ -163,7 +163,7 @@ class TrainConfig(Section):
     """The training loop."""
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the data; give this or max_steps")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="passes over the data; give this or max_steps")
     batch_size: int = Field(32, ge=1, description="rows per optimizer step, over all processes")
     micro_batch_size: int | None = Field(
         None, ge=1, description="rows per forward pass and process; null: no gradient accumulation"

@@ -114,8 +114,9 @@ class MiniMoeAttention(nn.Module):
             past_key_values: keys and values of earlier positions; updated in place.
         """
         batch, sequence, _ = x.shape
-        if self._trains_on_cpu(x, attention_mask, past_key_values):
-            return self.o_proj(self._attend_in_blocks(x, position_embeddings, documents)), None
+        lengths = documents or [sequence] * batch
+        if self._blocks_pay(x, lengths, attention_mask, past_key_values):
+            return self.o_proj(self._attend_in_blocks(x, position_embeddings, lengths)), None
         heads = (batch, sequence, -1, self.head_dim)
         # Norm and rotation in float32, and one rounding after both.
         q = rotate(self.q_norm(self.q_proj(x).view(heads).float()), *position_embeddings)
@@ -138,9 +139,18 @@ class MiniMoeAttention(nn.Module):
                 )  # (B, S, H, d)
         return self.o_proj(out.reshape(batch, sequence, -1)), probabilities
 
-    def _trains_on_cpu(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> bool:
+    def _blocks_pay(
+        self, x: Tensor, lengths: DocumentLengths, attention_mask: Tensor | None, past_key_values: Cache | None
+    ) -> bool:
+        """Whether `causal_attention` can and should be used: it is made for training on a CPU, on long documents.
+
+        Measured on 2 cores, forward and backward beside torch's kernel, documents of 128, 256 and 512 tokens: 0.8,
+        0.9 and 1.05 times its speed in float32, 0.8 to 1.1, 1.1 and 1.2 to 1.5 times in bf16.
+        """
+        pays_from = 256 if torch.is_autocast_enabled("cpu") else 512
         return (
             x.device.type == "cpu"
+            and sum(lengths) >= pays_from * len(lengths)
             and torch.is_grad_enabled()
             and self.config._attn_implementation == "sdpa"
             and attention_mask is None
@@ -149,7 +159,7 @@ class MiniMoeAttention(nn.Module):
         )
 
     def _attend_in_blocks(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], documents: DocumentLengths | None
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], lengths: DocumentLengths
     ) -> Tensor:
         """(B, S, D) -> (B, S, H * d), by the function written for this case."""
         batch, sequence, _ = x.shape
@@ -163,9 +173,7 @@ class MiniMoeAttention(nn.Module):
             )
         )
         cos, sin = (y.expand(batch, sequence, self.head_dim).flatten(0, 1) for y in position_embeddings)
-        out = causal_attention(
-            qkv, gains, heads // self.num_key_value_groups, self.q_norm.eps, cos, sin, documents or [sequence] * batch
-        )
+        out = causal_attention(qkv, gains, heads // self.num_key_value_groups, self.q_norm.eps, cos, sin, lengths)
         return out.view(batch, sequence, heads * self.head_dim)
 
     def _attend_within_documents(

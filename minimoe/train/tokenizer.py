@@ -21,7 +21,8 @@ def run(config: TokenizerRun) -> Path:
     """Train a tokenizer on `config.data.train`, save it in `config.output_dir` and return that folder."""
     started = time.monotonic()
     sample: list[str] = []
-    tokenizer = train_bpe(_training_texts(config, sample), config.tokenizer.vocab_size)
+    counts = Counts()
+    tokenizer = train_bpe(_training_texts(config, sample, counts), config.tokenizer.vocab_size)
     folder = Path(config.output_dir).expanduser()
     try:
         tokenizer.save_pretrained(folder)
@@ -36,6 +37,8 @@ def run(config: TokenizerRun) -> Path:
         highlight=False,
         soft_wrap=True,
     )
+    if counts.bad_rows or counts.empty_rows:
+        Console().print(f"  left out: {counts.bad_rows:,} bad rows, {counts.empty_rows:,} empty rows")
     if len(tokenizer) < config.tokenizer.vocab_size:
         Console().print(
             f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge"
@@ -43,7 +46,7 @@ def run(config: TokenizerRun) -> Path:
     return folder
 
 
-def _training_texts(config: TokenizerRun, sample: list[str]) -> Iterator[str]:
+def _training_texts(config: TokenizerRun, sample: list[str], counts: Counts) -> Iterator[str]:
     """Texts of the training sources up to `max_training_bytes`, under a progress bar; fills `sample`."""
     limit, used, sampled = config.tokenizer.max_training_bytes, 0, 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
@@ -51,7 +54,7 @@ def _training_texts(config: TokenizerRun, sample: list[str]) -> Iterator[str]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("reading text", total=limit)
         for source in config.data.train:
-            for document, _ in read_documents(source, config.data, Counts()):
+            for document, _ in read_documents(source, config.data, counts):
                 for text in document_texts(document):
                     data = text.encode()[: limit - used]
                     used += len(data)
