@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -227,3 +228,27 @@ def test_resuming_with_only_damaged_checkpoints_exits_3(tmp_path, pretrain_confi
         (folder / "config.json").unlink()
     assert run_command(monkeypatch, "pretrain", path, "--resume") == 3
     assert "config.json is missing" in capsys.readouterr().err
+
+
+class Payload:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_pickles_put_into_a_checkpoint_are_never_opened(tmp_path, pretrain_config):
+    config = pretrain_config(max_steps=4)
+    pretrain.run(config)
+    folder = cut_back(config.output_dir, 2)
+    trace = tmp_path / "executed"
+    for name in "pytorch_model.bin optimizer.pt scheduler.pt training_args.bin rng_state.pth trainer.pkl".split():
+        (folder / name).write_bytes(pickle.dumps(Payload(trace)))
+    seal(folder)  # even with a manifest that vouches for them
+    pretrain.run(config, resume=True)
+    assert not trace.exists()
+    pickle.loads((folder / "optimizer.pt").read_bytes())
+    assert trace.exists()  # so the payload would have worked
