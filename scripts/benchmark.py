@@ -185,6 +185,7 @@ class Benchmark:
                         "subject": name,
                         "tokens/s": median(values, "tokens_per_second"),
                         "minimoe is faster by": ratio(figures["minimoe"], values, "tokens_per_second"),
+                        "prefill, tokens/s": median(values, "prefill_tokens_per_second"),
                         "of reading the weights": median(values, "bytes_per_second") / self.ceilings["copy"],
                     }
                 )
@@ -194,7 +195,8 @@ class Benchmark:
         """The loader, tokenisation, and the command line's start."""
         figures = self.turns({"data": Worker("data")}, rounds=1)["data"][0]
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "minimoe.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        command = Path(sys.executable).with_name("minimoe")
+        subprocess.run([str(command), "--help"], check=True, stdout=subprocess.DEVNULL)
         return [
             {"work": "loader, tokens/s of one process", "figure": figures["loader_tokens_per_second"]},
             {"work": "tokenisation, MB/s", "figure": figures["tokenised_mb_per_second"]},
@@ -216,6 +218,14 @@ def as_markdown(title: str, rows: Rows) -> str:
     return f"### {title}\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def write_document(tables: dict[str, Rows]) -> None:
+    """Replace the tables that were measured now; each table is of one run, and others stay."""
+    text, _, figures = DOCUMENT.read_text().partition(MARKER)
+    blocks = {block.partition("\n")[0]: f"### {block.rstrip()}\n" for block in figures.split("### ")[1:]}
+    blocks |= {title: as_markdown(title, rows) for title, rows in tables.items()}
+    DOCUMENT.write_text(text + MARKER + "\n\n" + "\n".join(blocks.values()))
+
+
 def spell(value: Any) -> str:
     """Three digits that count."""
     if isinstance(value, float):
@@ -231,6 +241,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=2, help="turns of every subject at least")
     parser.add_argument("--seconds", type=float, default=20, help="go on taking turns so long")
+    parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"))
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,20 +250,19 @@ def main() -> None:
         return
     options.dtype = options.dtype or ["fp32", "bf16"]
     benchmark, console = Benchmark(options), Console()
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.python_version()}"
-    ceilings = [{"ceiling": name, "G/s": value / 1e9} for name, value in benchmark.ceilings.items()]
-    tables: dict[str, Rows] = {f"Ceilings of {machine} (operations, bytes)": ceilings}
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    ceilings = [{"ceiling": name, "G/s": value / 1e9, "on": machine} for name, value in benchmark.ceilings.items()]
+    tables: dict[str, Rows] = {"Ceilings of the machine (operations, bytes)": ceilings}
     console.print(as_table(*next(iter(tables.items()))))
     for section in options.only or SECTIONS:
         method = getattr(benchmark, section)
-        title = method.__doc__.splitlines()[0]
+        title = method.__doc__.splitlines()[0] + (f" ({options.shape})" if section == "train" and options.shape else "")
         tables[title] = method()
         console.print(as_table(title, tables[title]))
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(tables, indent=1))
-    if options.only is None and DOCUMENT.exists():
-        text = DOCUMENT.read_text().partition(MARKER)[0] + MARKER + "\n\n"
-        DOCUMENT.write_text(text + "\n".join(as_markdown(*item) for item in tables.items()))
+    if DOCUMENT.exists() and not options.no_document:
+        write_document(tables)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from minimoe.config import DataConfig, GenerationSection, SourceConfig
 from minimoe.data.loader import open_data
 from minimoe.generation.decode import DecodeBatch
+from minimoe.generation.packed import PackedModel, why_not_packed
 from minimoe.model.attention import MiniMoeAttention, MiniMoeRotaryEmbedding, document_lengths
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
@@ -260,10 +261,11 @@ def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
     ids = torch.randint(3, shape.vocabulary, (batch, 128), device=device)
     new_tokens = 64
     settings = GenerationSection(max_new_tokens=new_tokens, temperature=0, top_p=1, batch_size=batch)
+    packed = PackedModel(model) if subject == "minimoe" and not why_not_packed(model) else None  # as Engine does, once
 
     def complete(count: int) -> None:
         if subject == "minimoe":
-            rows = DecodeBatch(model, ids.tolist(), count, settings, [torch.Generator()] * batch)
+            rows = DecodeBatch(model, ids.tolist(), count, settings, [torch.Generator()] * batch, None, packed)
             for _ in range(count):
                 rows.step()
         else:
