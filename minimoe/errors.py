@@ -6,6 +6,10 @@ traceback; anything else that escapes a command is a bug of ours and exits with 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_NO_CHECKPOINT = 3
@@ -61,6 +65,23 @@ class StorageError(MinimoeError):
     """Reading or writing failed: disk full, permission lost, a worker that no longer answers."""
 
     exit_code = EXIT_IO
+
+
+@contextmanager
+def disk_errors(what: str, where: Path) -> Iterator[None]:
+    """Turn the system's errors of writing into a `StorageError`: `what` could not be written at `where`."""
+    try:
+        yield
+    except Exception as error:
+        # The writers of safetensors and tokenizers, in Rust, raise exceptions of their own for the system's errors.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise StorageError(
+            f"cannot write {what}: {reason}",
+            where=str(where),
+            mend="free space or give permission, then start the same command with --resume",
+        ) from error
 
 
 class Preempted(MinimoeError):

@@ -58,3 +58,16 @@ def test_norm_of_training_equals_the_formula_in_values_and_gradients():
     assert relative_error(norm(x), by_hand) <= 1e-6  # float32 rounding
     for result, exact in zip(results, expected, strict=True):
         assert relative_error(result, exact) <= 1e-6
+
+
+def test_a_hook_on_a_projection_counts_in_training_attention_too(monkeypatch):
+    torch.manual_seed(0)
+    block = MiniMoeAttention(tiny_config(attn_implementation="sdpa"), 0).train()
+    x = torch.randn(1, 40, 32)
+    positions = MiniMoeRotaryEmbedding(block.config)(x, torch.arange(40)[None])
+    block.v_proj.register_forward_hook(lambda module, inputs, output: 2 * output)  # as an adapter would
+    outputs = []
+    for blocks in (True, False):
+        monkeypatch.setattr(MiniMoeAttention, "_blocks_pay", lambda *_, blocks=blocks: blocks)
+        outputs.append(block(x, positions)[0])
+    assert relative_error(*outputs) <= TOLERANCE[torch.float32]

@@ -53,7 +53,8 @@ STAGES = {
     "training": ("", lambda folder: lines(folder) >= 2),
     "evaluating": ("evaluate.batch=sleep:0.4", lambda folder: lines(folder) >= 3),
     "saving": ("save.weights=sleep:1.5", lambda folder: any((folder / "checkpoints").glob(".writing-*"))),
-    "preparing data": ("tokenise.chunk=sleep:3", lambda folder: (folder / "status.json").exists()),
+    "tokenising": ("tokenise.chunk=sleep:30", lambda folder: (folder / "status.json").exists()),
+    "tokenising in processes": ("tokenise.chunk=sleep:30", lambda folder: (folder / "status.json").exists()),
 }
 
 
@@ -65,8 +66,15 @@ def test_a_signal_saves_once_and_exits_75_in_under_20_seconds_and_resume_complet
     spec, reached = STAGES[stage]
     config = pretrain_config(max_steps=100_000, save_every=4 if stage == "saving" else 100_000, micro_batch_size=1)
     folder = Path(config.output_dir)
+    if stage == "tokenising in processes":  # where there is more than 6 MB of text
+        Path(config.data.train[0].path).write_text(json.dumps({"text": "The cat sat on the mat. " * 400_000}) + "\n")
+        values = config.model_dump(mode="json")
+        values["data"]["num_processes"] = 2
+        config = type(config).model_validate(values)
     run = Run(write_yaml(tmp_path / "config.yaml", config), spec)
     run.wait_for(lambda: reached(folder))
+    if stage.startswith("tokenising"):
+        time.sleep(1)  # from the status to the first chunk it is a moment; then it sleeps for 30 s
     code, output, seconds = run.end(number)
     assert code == 75, output
     assert seconds < 20
@@ -75,7 +83,8 @@ def test_a_signal_saves_once_and_exits_75_in_under_20_seconds_and_resume_complet
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     step = 0
-    if stage == "preparing data":
+    if stage.startswith("tokenising"):
+        assert "before the first step" in output
         assert not (folder / "checkpoints").exists()
     else:
         saved = sorted((folder / "checkpoints").iterdir())

@@ -116,8 +116,6 @@ def _start_worker(tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_len
 
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:
-    if failpoint("tokenise.chunk") == "raise":
-        raise ValueError("a failpoint")
     return encode(chunk, **_worker)
 
 
@@ -127,6 +125,8 @@ def _available_cores() -> int:
 
 def encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_length: int) -> Encoded:
     """Token ids of a chunk's documents."""
+    if failpoint("tokenise.chunk") == "raise":
+        raise ValueError("a failpoint")
     sft = stage == "sft"
     encoded = _encode_sft(chunk, tokenizer, sequence_length) if sft else _encode_pretrain(chunk, tokenizer)
     encoded.characters = sum(num_characters(document) for document, _ in chunk)

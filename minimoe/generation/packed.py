@@ -32,7 +32,7 @@ from minimoe.model.feed_forward import SwiGLU
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.router import TopKRouter
 
-MAX_BYTES = 4 * 2**30  # of weights; larger models are not copied
+MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes twice as much again
 ROWS_HINT = 8  # rows that oneDNN picks its blocks for; measured as good from 1 to 128 rows
 SLOTS_PER_EXPERT = 2  # up to so many on average, slots are vectors; above, an expert's rows are one product
 

@@ -163,8 +163,8 @@ class MiniMoeAttention(nn.Module):
     ) -> Tensor:
         """(B, S, D) -> (B, S, H * d), by the function written for this case."""
         batch, sequence, _ = x.shape
-        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-        qkv = F.linear(x, weight).flatten(0, 1)  # (T, (H + 2K) * d)
+        # The modules are called, not their weights read: an adapter or a hook on one of them counts here too.
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1).flatten(0, 1)  # (T, (H + 2K) * d)
         heads = self.config.num_attention_heads
         gains = torch.cat(
             (

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minimoe.errors import CheckpointError, NonFiniteError, StorageError
+from minimoe.errors import CheckpointError, NonFiniteError, disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.loading import quiet_transformers
 from minimoe.train.guard import StepGuard
@@ -163,32 +163,25 @@ def written_whole(target: Path) -> Iterator[Path]:
         StorageError: it cannot be written; the temporary folder is gone then.
     """
     temporary = target.with_name(f"{_WRITING}{target.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        failpoint("save.sync")
-        for file in _files(temporary):
-            _sync(file)
-        _sync(temporary)
-        if target.exists():
-            _delete(target)
-        failpoint("save.rename")
-        temporary.rename(target)
-        failpoint("save.published")
-        _sync(target.parent)
-        _sync(target.parent.parent)  # which may have got its first checkpoint's folder just now
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        # The writers of safetensors and tokenizers, in Rust, raise exceptions of their own for the system's errors.
-        if not isinstance(error, OSError) and "os error" not in str(error):
+    with disk_errors(target.name, target):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            failpoint("save.sync")
+            for file in _files(temporary):
+                _sync(file)
+            _sync(temporary)
+            if target.exists():
+                _delete(target)
+            failpoint("save.rename")
+            temporary.rename(target)
+            failpoint("save.published")
+            _sync(target.parent)
+            _sync(target.parent.parent)  # which may have got its first checkpoint's folder just now
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise StorageError(
-            f"cannot write {target.name}: {reason}",
-            where=str(target),
-            mend="free space or give permission, then start the same command with --resume",
-        ) from error
 
 
 def verify(folder: Path) -> str | None:
@@ -293,7 +286,7 @@ def set_rng(states: dict[str, Tensor]) -> None:
 
 def _state_from(values: dict[str, Any]) -> TrainerState:
     """The reverse of `asdict`."""
-    return TrainerState(**values | {"guard": StepGuard(**values["guard"])})
+    return TrainerState(**values | {"guard": StepGuard(**values.get("guard", {}))})
 
 
 def _check_finite(snapshot: Snapshot) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minimoe.config import TrainConfig
 from minimoe.data.loader import Batch
-from minimoe.errors import NonFiniteError
+from minimoe.errors import NonFiniteError, disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.train.metrics import MetricsLogger
 
@@ -102,8 +102,9 @@ def log_problem(
     file = None
     if verdict.skipped:
         file = f"{SKIPPED_FOLDER}/step-{row['step']:08d}-rank-{rank}.safetensors"
-        (folder / SKIPPED_FOLDER).mkdir(exist_ok=True)
-        save_file(batch.model_inputs(), folder / file)
+        with disk_errors("the batch of a skipped step", folder / file):
+            (folder / SKIPPED_FOLDER).mkdir(exist_ok=True)
+            save_file(batch.model_inputs(), folder / file)
     consequence = f"step skipped, its batch is in {folder / file}" if file else "step taken"
     logger.log_event(
         row | {"event": verdict.problem, "skipped": verdict.skipped, "batch_file": file, "batch_hash": batch.digest()},

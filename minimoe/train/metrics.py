@@ -30,7 +30,7 @@ from rich.progress import (
 )
 
 from minimoe.config import LoggingConfig
-from minimoe.errors import StorageError
+from minimoe.errors import disk_errors
 
 METRICS_FILE = "metrics.jsonl"
 CLOCK_FIELDS = frozenset({"tokens_per_second", "seconds"})  # of a row: the only ones that two equal runs differ in
@@ -141,15 +141,9 @@ class MetricsLogger:
         if not self.enabled:
             return
         finite = {key: _json_safe(value) for key, value in row.items()} | {"seconds": round(self.seconds, 3)}
-        try:
+        with disk_errors("metrics", self._file):
             self._stream.write(json.dumps(finite) + "\n")
             self._stream.flush()
-        except OSError as error:
-            raise StorageError(
-                f"cannot write metrics: {error.strerror or error}",
-                where=str(self._file),
-                mend="free space, then start the same command with --resume",
-            ) from error
         scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         self._to_wandb(lambda run: run.log(scalars, step=row["step"]))
 
