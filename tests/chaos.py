@@ -139,10 +139,15 @@ def start(
     log: Path,
     env: Mapping[str, str] | None = None,
     file_bytes: int | None = None,
+    daemon: bool = True,
 ) -> BaseProcess:
-    """Run a function in a forked process, on one thread, with its output appended to `log`."""
-    # A daemon ends with the harness, should that fail.
-    process = SERVER.Process(target=_forked, args=(body, arguments, log, dict(env or {}), file_bytes), daemon=True)
+    """Run a function in a forked process, on one thread, with its output appended to `log`.
+
+    Args:
+        daemon: it ends with the harness, should that fail, and may start no processes of its own.
+    """
+    arguments = (body, arguments, log, dict(env or {}), file_bytes)
+    process = SERVER.Process(target=_forked, args=arguments, daemon=daemon)
     process.start()
     return process
 

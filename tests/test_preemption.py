@@ -23,7 +23,7 @@ class Run:
     def __init__(self, path: Path, spec: str) -> None:
         self.log = path.with_suffix(".log")
         env = {failpoints.VARIABLE: spec}
-        self.process = chaos.start(chaos.minimoe_command, ["pretrain", str(path)], log=self.log, env=env)
+        self.process = chaos.start(chaos.minimoe_command, ["pretrain", str(path)], log=self.log, env=env, daemon=False)
 
     def wait_for(self, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + chaos.PATIENCE
@@ -67,9 +67,12 @@ def test_a_signal_saves_once_and_exits_75_in_under_20_seconds_and_resume_complet
     config = pretrain_config(max_steps=100_000, save_every=4 if stage == "saving" else 100_000, micro_batch_size=1)
     folder = Path(config.output_dir)
     if stage == "tokenising in processes":  # where there is more than 6 MB of text
-        Path(config.data.train[0].path).write_text(json.dumps({"text": "The cat sat on the mat. " * 400_000}) + "\n")
+        path = Path(config.data.train[0].path)
+        small, rows = tmp_path / "validation.jsonl", path.read_text()
+        small.write_text(rows)
+        path.write_text(rows * (8_000_000 // len(rows)))
         values = config.model_dump(mode="json")
-        values["data"]["num_processes"] = 2
+        values["data"] |= {"num_processes": 2, "validation": str(small)}
         config = type(config).model_validate(values)
     run = Run(write_yaml(tmp_path / "config.yaml", config), spec)
     run.wait_for(lambda: reached(folder))
