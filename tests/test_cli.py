@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 
-from minimoe.cli import _generation_settings
+from minimoe.cli import _generation_settings, _large_imports
 from minimoe.errors import UserError
 
 
@@ -30,3 +33,14 @@ def test_decoding_settings_are_flags_or_overrides(tmp_path):
 def test_a_wrong_flag_is_named(words, message):
     with pytest.raises(UserError, match=message):
         _generation_settings(None, words)
+
+
+def test_garbage_is_collected_again_after_the_imports(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)  # as in a process that has just started
+    try:
+        with _large_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
