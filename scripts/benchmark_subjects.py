@@ -28,11 +28,11 @@ from minimoe.config import DataConfig, GenerationSection, SourceConfig
 from minimoe.data.loader import open_data
 from minimoe.generation.decode import DecodeBatch
 from minimoe.generation.packed import PackedModel, why_not_packed
-from minimoe.model.attention import MiniMoeAttention, MiniMoeRotaryEmbedding, document_lengths
+from minimoe.model.attention import MiniMoeAttention, document_lengths
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
-from minimoe.model.experts import Experts
 from minimoe.model.moe import MoEFeedForward
+from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.tokenizer import train_bpe
 
 Run = Callable[[], dict[str, float]]
@@ -80,25 +80,28 @@ GPU_SHAPES = {
 class LiteralExperts(nn.Module):
     """The plainest MoE: a list of modules, and for each a boolean mask of the slots that chose it."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        num_experts, hidden, width = experts.down_proj.shape
         self.experts = nn.ModuleList()
-        for _ in range(num_experts):
-            sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+        for _ in range(shape.experts):
+            sizes = {
+                "gate_proj": (shape.hidden, shape.width),
+                "up_proj": (shape.hidden, shape.width),
+                "down_proj": (shape.width, shape.hidden),
+            }
             self.experts.append(nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()}))
 
-
-def literal_dispatch(tokens: Tensor, expert_ids: Tensor, weights: Tensor, literal: Any) -> Tensor:
-    """As `minimoe.model.dispatch.replicated`, with masks instead of a sort."""
-    num_tokens, num_slots = expert_ids.shape
-    slots, flat = tokens.repeat_interleave(num_slots, dim=0), expert_ids.flatten()
-    outputs = torch.empty_like(slots)
-    for index, expert in enumerate(literal.experts):
-        rows = slots[flat == index]
-        outputs[flat == index] = expert.down_proj(F.silu(expert.gate_proj(rows)) * expert.up_proj(rows))
-    outputs = outputs.view(num_tokens, num_slots, tokens.shape[1])
-    return (outputs * weights[..., None]).sum(dim=1).to(tokens.dtype)
+    def forward(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """As `minimoe.model.dispatch.replicated`, with masks instead of a sort."""
+        num_tokens, num_slots = expert_ids.shape
+        slots, flat = tokens.repeat_interleave(num_slots, dim=0), expert_ids.flatten()
+        outputs = torch.empty_like(slots)
+        for index, expert in enumerate(self.experts):
+            rows = slots[flat == index]
+            activated = F.silu(expert["gate_proj"](rows)) * expert["up_proj"](rows)  # type: ignore[index]
+            outputs[flat == index] = expert["down_proj"](activated).to(outputs.dtype)  # type: ignore[index]
+        outputs = outputs.view(num_tokens, num_slots, tokens.shape[1])
+        return (outputs * weights[..., None]).sum(dim=1).to(tokens.dtype)
 
 
 def minimoe_config(shape: Shape, **more: Any) -> MiniMoeConfig:
@@ -136,18 +139,16 @@ def build_model(subject: str, shape: Shape) -> Any:
             output_router_logits=True,  # switches its balance loss on
             router_aux_loss_coef=0.01,
         )
-        config._experts_implementation = "eager" if subject == "qwen3 eager" else "grouped_mm"
-        return Qwen3MoeForCausalLM(config)
+        config._experts_implementation = "grouped_mm" if "grouped_mm" in subject else "eager"
+        model = Qwen3MoeForCausalLM(config)
+        if subject == "qwen3 literal loop":
+            for layer in model.model.layers:
+                layer.mlp.experts = LiteralExperts(shape)
+        return model
     if subject == "dense":
         active = shape.k * shape.width
         return MiniMoeForCausalLM(minimoe_config(shape, first_k_dense_replace=shape.layers, intermediate_size=active))
-    model = MiniMoeForCausalLM(minimoe_config(shape))
-    if subject == "literal loop":
-        for module in model.modules():
-            if isinstance(module, MoEFeedForward):
-                module.experts = LiteralExperts(module.experts)  # type: ignore[assignment]
-                module.train_dispatch = literal_dispatch
-    return model
+    return MiniMoeForCausalLM(minimoe_config(shape))
 
 
 def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
@@ -175,10 +176,14 @@ def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     return run
 
 
-def moe_layer(shape: Shape, dtype: str, device: str) -> Run:
+def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     """Forward and backward of one MoE block, router and dispatch included."""
     torch.manual_seed(0)
-    block = MoEFeedForward(minimoe_config(shape)).to(device).train()
+    block = MoEFeedForward(minimoe_config(shape))
+    if subject == "literal loop":
+        block.experts = LiteralExperts(shape)  # type: ignore[assignment]
+        block.train_dispatch = lambda tokens, expert_ids, weights, experts: experts(tokens, expert_ids, weights)
+    block.to(device).train()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     x = torch.randn(shape.batch, shape.sequence, shape.hidden, device=device, requires_grad=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import relative_error, tiny_config
 
-from minimoe.model.attention import MiniMoeAttention, MiniMoeRotaryEmbedding
+from minimoe.model.attention import MiniMoeAttention
 from minimoe.model.norm import MiniMoeRMSNorm
+from minimoe.model.rotary import MiniMoeRotaryEmbedding, norm_and_rotate
 
 # Norm-relative. float32: sums of a few hundred products. bf16: one rounding each (4e-3) of projections, normed
 # heads, scores, probabilities and the output, and again backwards.
@@ -58,6 +59,27 @@ def test_norm_of_training_equals_the_formula_in_values_and_gradients():
     assert relative_error(norm(x), by_hand) <= 1e-6  # float32 rounding
     for result, exact in zip(results, expected, strict=True):
         assert relative_error(result, exact) <= 1e-6
+
+
+def test_norm_and_rotation_of_training_equal_the_plain_ones_in_values_and_gradients():
+    torch.manual_seed(0)
+    norm = MiniMoeRMSNorm(8, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    angles = torch.rand(2, 5, 4).repeat(1, 1, 2)
+    target = torch.randn(2, 5, 3, 8)
+    trained = norm_and_rotate(x, norm, angles.cos(), angles.sin())
+    results = torch.autograd.grad((trained * target).sum(), [x, norm.weight])
+    normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight.double()
+    first, second = normed.chunk(2, dim=-1)
+    cos, sin = (y[:, :, None].double() for y in (angles.cos(), angles.sin()))
+    by_hand = normed * cos + torch.cat((-second, first), dim=-1) * sin
+    expected = torch.autograd.grad((by_hand * target).sum(), [x, norm.weight])
+    assert relative_error(trained, by_hand) <= 1e-6  # float32 rounding
+    for result, exact in zip(results, expected, strict=True):
+        assert relative_error(result, exact) <= 1e-6
+    with torch.no_grad():
+        assert relative_error(norm_and_rotate(x, norm, angles.cos(), angles.sin()), by_hand) <= 1e-6
 
 
 def test_a_hook_on_a_projection_counts_in_training_attention_too(monkeypatch):

@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
-from minimoe.model.attention import MiniMoeAttention, MiniMoeRMSNorm, MiniMoeRotaryEmbedding, rotate
+from minimoe.model.attention import MiniMoeAttention
 from minimoe.model.decoder import MiniMoeDecoderLayer, MiniMoeForCausalLM, MiniMoeModel
 from minimoe.model.experts import Experts
 from minimoe.model.feed_forward import SwiGLU
 from minimoe.model.moe import MoEFeedForward
+from minimoe.model.norm import MiniMoeRMSNorm
+from minimoe.model.rotary import MiniMoeRotaryEmbedding, rotate
 from minimoe.model.router import TopKRouter
 
 MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes twice as much again

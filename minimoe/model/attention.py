@@ -18,60 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minimoe.model.causal_attention import causal_attention
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.norm import MiniMoeRMSNorm
+from minimoe.model.rotary import norm_and_rotate
 
 DocumentLengths = list[int]  # lengths of consecutive documents of a stream of B*S tokens; they sum to B*S
-
-
-class MiniMoeRotaryEmbedding(nn.Module):
-    """cos and sin tables of the rotary positions; scaling types come from transformers.
-
-    The class name and `original_inv_freq` make `transformers` recompute the buffers after a load, which would
-    otherwise come back uninitialised since they are not saved.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, config: MiniMoeConfig) -> None:
-        super().__init__()
-        assert config.rope_parameters is not None  # filled in by the config
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        scaled = self.rope_type != "default"
-        init = ROPE_INIT_FUNCTIONS[self.rope_type] if scaled else self.compute_default_rope_parameters
-        inv_freq, scaling = init(config)
-        self.attention_scaling: float = scaling
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config: MiniMoeConfig, *_: Any, **__: Any) -> tuple[Tensor, float]:
-        """(inverse frequencies (d/2,), scaling 1)."""
-        assert config.head_dim is not None
-        assert config.rope_parameters is not None
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (B, S) -> cos, sin (B, S, d) in float32; x only tells the device."""
-        angles = position_ids[..., None].float() * self.inv_freq.float()  # (B, S, d/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+d/2}) of x (B, S, heads, d) by its position's angle; cos, sin (B, S, d)."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, :, None] + turned * sin[:, :, None]
 
 
 class MiniMoeAttention(nn.Module):
@@ -114,13 +68,11 @@ class MiniMoeAttention(nn.Module):
             past_key_values: keys and values of earlier positions; updated in place.
         """
         batch, sequence, _ = x.shape
-        lengths = documents or [sequence] * batch
-        if self._blocks_pay(x, lengths, attention_mask, past_key_values):
-            return self.o_proj(self._attend_in_blocks(x, position_embeddings, lengths)), None
+        if self._blocks_pay(x, documents, attention_mask, past_key_values):
+            return self.o_proj(self._attend_in_blocks(x, position_embeddings, documents)), None
         heads = (batch, sequence, -1, self.head_dim)
-        # Norm and rotation in float32, and one rounding after both.
-        q = rotate(self.q_norm(self.q_proj(x).view(heads).float()), *position_embeddings)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads).float()), *position_embeddings)
+        q = norm_and_rotate(self.q_proj(x).view(heads), self.q_norm, *position_embeddings)
+        k = norm_and_rotate(self.k_proj(x).view(heads), self.k_norm, *position_embeddings)
         v = self.v_proj(x).view(heads)  # (B, S, K, d)
         # A CPU attends no faster in bf16, and its backward is slower: under autocast attention stays in float32.
         dtype = torch.float32 if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else v.dtype
@@ -140,17 +92,19 @@ class MiniMoeAttention(nn.Module):
         return self.o_proj(out.reshape(batch, sequence, -1)), probabilities
 
     def _blocks_pay(
-        self, x: Tensor, lengths: DocumentLengths, attention_mask: Tensor | None, past_key_values: Cache | None
+        self, x: Tensor, lengths: DocumentLengths | None, attention_mask: Tensor | None, past_key_values: Cache | None
     ) -> bool:
-        """Whether `causal_attention` can and should be used: it is made for training on a CPU, on long documents.
+        """Whether `causal_attention` can and should be used: it is made for training in bf16 on a CPU.
 
-        Measured on 2 cores, forward and backward beside torch's kernel, documents of 128, 256 and 512 tokens: 0.8,
-        0.9 and 1.05 times its speed in float32, 0.8 to 1.1, 1.1 and 1.2 to 1.5 times in bf16.
+        Measured on 2 cores, forward and backward of the whole block beside torch's kernel, which computes in float32:
+        rows of 256 tokens 1.1 to 1.2 times its speed, of 512 1.25 to 1.4 times; documents of 128 tokens and shorter
+        ones about the same. In float32 it was at best level.
         """
-        pays_from = 256 if torch.is_autocast_enabled("cpu") else 512
+        documents = len(lengths) if lengths else x.shape[0]
         return (
-            x.device.type == "cpu"
-            and sum(lengths) >= pays_from * len(lengths)
+            torch.is_autocast_enabled("cpu")
+            and x.device.type == "cpu"
+            and x.shape[0] * x.shape[1] >= 128 * documents
             and torch.is_grad_enabled()
             and self.config._attn_implementation == "sdpa"
             and attention_mask is None
@@ -159,7 +113,7 @@ class MiniMoeAttention(nn.Module):
         )
 
     def _attend_in_blocks(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], lengths: DocumentLengths
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], documents: DocumentLengths | None
     ) -> Tensor:
         """(B, S, D) -> (B, S, H * d), by the function written for this case."""
         batch, sequence, _ = x.shape
@@ -173,7 +127,8 @@ class MiniMoeAttention(nn.Module):
             )
         )
         cos, sin = (y.expand(batch, sequence, self.head_dim).flatten(0, 1) for y in position_embeddings)
-        out = causal_attention(qkv, gains, heads // self.num_key_value_groups, self.q_norm.eps, cos, sin, lengths)
+        kv_heads = heads // self.num_key_value_groups
+        out = causal_attention(qkv, gains, kv_heads, self.q_norm.eps, cos, sin, sequence, documents)
         return out.view(batch, sequence, heads * self.head_dim)
 
     def _attend_within_documents(

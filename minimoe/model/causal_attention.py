@@ -1,16 +1,19 @@
 """QK-norm, rotary positions and causal attention in one function, for training on a CPU.
 
 torch's attention kernel for CPUs gains nothing from bf16 and is slow backwards on sequences this short. Here the
-products are batched matrix products in the dtype of the input, which are fast in either, and a document is cut into
-blocks of queries, so that most of the masked half is never computed:
+products are batched matrix products in the dtype of the input, which are fast in either, and a row is cut into blocks
+of queries, so that most of the masked half is never computed:
 
     n = 512, blocks of 128:  queries   0..127 see keys 0..127     10/16 of all products instead of the causal 8/16
                              queries 128..255 see keys 0..255
                              ...
-One document at a time, everything stays in the cache. Kept for backward: only the input, from which the rest is
-computed again, which is a quarter of the work and saves a matrix of n*n probabilities per head.
+Where documents share a row, a block sees the keys from the start of its first query's document on, and a mask hides
+the rest: however many documents there are, a row has the same few products, and none is larger than without them.
 
-n tokens of a document, H query heads, K key/value heads, R = H/K, d head_dim.
+One row at a time, or a few short ones together, everything stays in the cache. Kept for backward: only the input, from
+which the rest is computed again, which is a quarter of the work and saves a matrix of n*n probabilities per head.
+
+C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, m keys that a block sees.
 """
 
 from __future__ import annotations
@@ -22,17 +25,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimoe.model.norm import inverse_rms
+from minimoe.model.norm import unit_rms
+from minimoe.model.rotary import norm_and_rotate_backward, rotate
 
 _BLOCK = 128  # queries; small blocks skip more of what is masked, large ones make larger products
+_TOGETHER = 1024  # tokens of short rows computed together; more would leave the cache
+_MULTIPLE = 32  # numbers of keys: oneDNN builds a kernel for each, so few different ones are used
 
 aten = torch.ops.aten
 
 
 def causal_attention(
-    qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, documents: list[int]
+    qkv: Tensor,
+    gains: Tensor,
+    kv_heads: int,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    sequence: int,
+    documents: list[int] | None,
 ) -> Tensor:
-    """Attention of a stream of documents, each of which sees itself only.
+    """Attention of rows of `sequence` tokens, within each row or each of its documents.
 
     Args:
         qkv: (T, (H + 2K) * d), what the projections gave.
@@ -40,147 +53,137 @@ def causal_attention(
         kv_heads: K.
         eps: of the norms.
         cos, sin: (T, d) float32, of each token's position.
-        documents: lengths that sum to T.
+        documents: lengths that sum to T, none across rows; None where every row is one document.
 
     Returns:
         (T, H * d).
     """
-    return _CausalAttention.apply(qkv, gains, kv_heads, eps, cos, sin, documents)
+    lengths = torch.tensor(documents or [sequence] * (qkv.shape[0] // sequence))
+    starts = lengths.cumsum(0) - lengths
+    first_keys = (starts % sequence).repeat_interleave(lengths).view(-1, sequence)  # (rows, n)
+    return _CausalAttention.apply(qkv, gains, kv_heads, eps, cos, sin, first_keys)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, documents: list[int]
+        ctx: Any, qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, first_keys: Tensor
     ) -> Tensor:
-        heads = gains.shape[0] - kv_heads
-        out, later = qkv.new_empty(qkv.shape[0], heads * gains.shape[1]), _later(qkv)
-        for rows in _slices(documents):
-            heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows])
+        heads, length = gains.shape[0] - kv_heads, first_keys.shape[1]
+        out = qkv.new_empty(qkv.shape[0], heads * gains.shape[1])
+        for rows, first in _together(first_keys):
+            heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
             attended = torch.empty_like(heads_in.q)
-            for queries, seen in _blocks(heads_in):
-                torch.bmm(
-                    _probabilities(heads_in, queries, seen, later), heads_in.v[:, :seen], out=attended[:, queries]
-                )
-            out[rows] = _ungroup(attended, heads_in.k.shape[1]).flatten(1)
-        ctx.save_for_backward(qkv, gains, cos, sin)
-        ctx.kv_heads, ctx.eps, ctx.documents = kv_heads, eps, documents
+            for block in _blocks(first, heads // kv_heads, qkv.dtype):
+                probabilities = _probabilities(heads_in, block)
+                torch.bmm(probabilities, heads_in.v[:, block.keys], out=attended[:, block.queries])
+            out[rows] = _ungroup(attended, kv_heads, length).flatten(1)
+        ctx.save_for_backward(qkv, gains, cos, sin, first_keys)
+        ctx.kv_heads, ctx.eps = kv_heads, eps
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, gains, cos, sin = ctx.saved_tensors
-        kv_heads, (all_heads, head_dim) = ctx.kv_heads, gains.shape
-        grad_qkv, grad_gains, later = torch.empty_like(qkv), torch.zeros_like(gains), _later(qkv)
-        for rows in _slices(ctx.documents):
-            heads_in = _prepare(qkv[rows], gains, kv_heads, ctx.eps, cos[rows], sin[rows])
-            length = heads_in.k.shape[1]
-            grad = _group(grad_out[rows].view(length, -1, head_dim), kv_heads)  # (K, n*R, d)
+        qkv, gains, cos, sin, first_keys = ctx.saved_tensors
+        kv_heads, (all_heads, head_dim), length = ctx.kv_heads, gains.shape, first_keys.shape[1]
+        grad_qkv, grad_gains = torch.empty_like(qkv), torch.zeros_like(gains)
+        for rows, first in _together(first_keys):
+            heads_in = _prepare(qkv[rows], gains, kv_heads, ctx.eps, cos[rows], sin[rows], length)
+            grad = _group(grad_out[rows].unflatten(1, (-1, head_dim)), kv_heads, length)  # (C*K, n*R, d)
             grad_q = torch.empty_like(heads_in.q)
             grad_k, grad_v = (heads_in.k.new_zeros(heads_in.k.shape, dtype=gains.dtype) for _ in range(2))
-            for queries, seen in _blocks(heads_in):
-                k, v = heads_in.k[:, :seen], heads_in.v[:, :seen]
-                probabilities = _probabilities(heads_in, queries, seen, later)
-                grad_v[:, :seen] += torch.bmm(probabilities.mT, grad[:, queries])
+            for block in _blocks(first, (all_heads - kv_heads) // kv_heads, qkv.dtype):
+                k, v, grad_block = heads_in.k[:, block.keys], heads_in.v[:, block.keys], grad[:, block.queries]
+                probabilities = _probabilities(heads_in, block)
+                grad_v[:, block.keys] += torch.bmm(probabilities.mT, grad_block)
                 grad_scores = aten._softmax_backward_data(
-                    torch.bmm(grad[:, queries], v.mT), probabilities, -1, probabilities.dtype
+                    torch.bmm(grad_block, v.mT), probabilities, -1, probabilities.dtype
                 )
-                torch.bmm(grad_scores, k, out=grad_q[:, queries])
-                grad_k[:, :seen] += torch.bmm(grad_scores.mT, heads_in.q[:, queries])
-            turned = torch.cat((_ungroup(grad_q, length).to(gains.dtype), grad_k.transpose(0, 1)), dim=1)
-            grad_heads = grad_qkv[rows].view(length, all_heads + kv_heads, head_dim)
-            grad_x, grad_gain = _norm_rotate_backward(turned, heads_in, gains, cos[rows], sin[rows])
+                torch.bmm(grad_scores, k, out=grad_q[:, block.queries])
+                grad_k[:, block.keys] += torch.bmm(grad_scores.mT, heads_in.q[:, block.queries])
+            turned = torch.cat((_ungroup(grad_q, kv_heads, length), _ungroup(grad_k, kv_heads, length)), dim=1)
+            grad_heads = grad_qkv[rows].unflatten(1, (-1, head_dim))
+            grad_x, grad_gain = norm_and_rotate_backward(
+                turned, heads_in.unit, heads_in.inverse, gains, cos[rows], sin[rows]
+            )
             grad_heads[:, :all_heads] = grad_x
-            grad_heads[:, all_heads:] = grad_v.transpose(0, 1)
+            grad_heads[:, all_heads:] = _ungroup(grad_v, kv_heads, length)
             grad_gains += grad_gain
         return grad_qkv, grad_gains, None, None, None, None, None
 
 
 class _Heads(NamedTuple):
-    """A document's normed and rotated heads; query rows are ordered by position, then head of their group."""
+    """Normed and rotated heads; query rows are ordered by position, then head of their group."""
 
-    q: Tensor  # (K, n*R, d)
-    k: Tensor  # (K, n, d)
-    v: Tensor  # (K, n, d)
-    unit: Tensor  # (n, H + K, d): queries and keys over their rms, in the dtype of the gains
-    inverse: Tensor  # (n, H + K, 1): one over that rms
+    q: Tensor  # (C*K, n*R, d)
+    k: Tensor  # (C*K, n, d)
+    v: Tensor  # (C*K, n, d)
+    unit: Tensor  # (C*n, H + K, d): queries and keys over their rms, in the dtype of the gains
+    inverse: Tensor  # (C*n, H + K, 1): one over that rms
+    kv_heads: int
 
 
-def _prepare(qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor) -> _Heads:
+def _prepare(qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, length: int) -> _Heads:
     """Norm and rotation in the precision of `gains`, one rounding after both."""
     all_heads, head_dim = gains.shape
-    x = qkv.view(qkv.shape[0], all_heads + kv_heads, head_dim)
-    normed = x[:, :all_heads].to(gains.dtype)
-    inverse = inverse_rms(normed, eps)
-    unit = normed * inverse
+    x = qkv.unflatten(1, (-1, head_dim))  # (C*n, H + 2K, d)
+    unit, inverse = unit_rms(x[:, :all_heads].to(gains.dtype), eps)
     turned = rotate(unit * gains, cos, sin).to(qkv.dtype)
-    q = _group(turned[:, : all_heads - kv_heads], kv_heads)
-    k, v = (part.transpose(0, 1).contiguous() for part in (turned[:, all_heads - kv_heads :], x[:, all_heads:]))
-    return _Heads(q, k, v, unit, inverse)
+    queries, keys = turned.split((all_heads - kv_heads, kv_heads), dim=1)
+    q, k, v = (_group(part, kv_heads, length) for part in (queries, keys, x[:, all_heads:]))
+    return _Heads(q, k, v, unit, inverse, kv_heads)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+d/2}) of x (n, heads, d) by its position's angle; cos, sin (n, d)."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, None], sin[:, None]
-    turned = x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return turned
+def _group(x: Tensor, kv_heads: int, length: int) -> Tensor:
+    """(C*n, K*r, d) -> (C*K, n*r, d): the r heads that share a key head, position by position."""
+    split = x.view(-1, length, kv_heads, x.shape[1] // kv_heads, x.shape[2])  # (C, n, K, r, d)
+    return split.transpose(1, 2).reshape(split.shape[0] * kv_heads, -1, x.shape[2])
 
 
-def _norm_rotate_backward(
-    grad: Tensor, heads: _Heads, gains: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the raw heads and of the gains: turn back, then RMSNorm's backward with a gain per head."""
-    grad = rotate(grad, cos, -sin)
-    product = grad * heads.unit
-    mean = (product * gains).mean(-1, keepdim=True)
-    grad_x = (grad * gains).addcmul_(heads.unit, mean, value=-1).mul_(heads.inverse)
-    return grad_x, product.sum(0)
+def _ungroup(x: Tensor, kv_heads: int, length: int) -> Tensor:
+    """(C*K, n*r, d) -> (C*n, K*r, d)."""
+    split = x.view(-1, kv_heads, length, x.shape[1] // length, x.shape[2])  # (C, K, n, r, d)
+    return split.transpose(1, 2).reshape(split.shape[0] * length, -1, x.shape[2])
 
 
-def _group(x: Tensor, kv_heads: int) -> Tensor:
-    """(n, H, d) -> (K, n*R, d): the R query heads that share a key head, position by position."""
-    length, heads, head_dim = x.shape
-    grouped = x.view(length, kv_heads, heads // kv_heads, head_dim).transpose(0, 1)
-    return grouped.reshape(kv_heads, length * (heads // kv_heads), head_dim)
+def _together(first_keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, their part of `first_keys` (C, n)) of the C rows computed together."""
+    length = first_keys.shape[1]
+    start = 0
+    for first in first_keys.split(max(_TOGETHER // length, 1)):
+        yield slice(start, start + first.numel()), first
+        start += first.numel()
 
 
-def _ungroup(x: Tensor, length: int) -> Tensor:
-    """(K, n*R, d) -> (n, H, d)."""
-    kv_heads, rows, head_dim = x.shape
-    return x.view(kv_heads, length, rows // length, head_dim).transpose(0, 1).flatten(1, 2)
+class _Block(NamedTuple):
+    """A block of queries and what it sees."""
+
+    queries: slice  # of n*R
+    keys: slice  # of n
+    mask: Tensor  # (1, size, size) or (C, size, m): what to add to the scores of the last keys
 
 
-def _blocks(heads: _Heads) -> Iterator[tuple[slice, int]]:
-    """(query rows, number of keys they may see) of each block."""
-    length = heads.k.shape[1]
-    group = heads.q.shape[1] // length
+def _blocks(first: Tensor, group: int, dtype: torch.dtype) -> Iterator[_Block]:
+    """The blocks of C rows whose tokens see the keys from `first` (C, n) on, up to their own."""
+    length = first.shape[1]
+    positions = torch.arange(length)
     for start in range(0, length, _BLOCK):
         end = min(start + _BLOCK, length)
-        yield slice(start * group, end * group), end
+        low = int(first[:, start].min()) // _MULTIPLE * _MULTIPLE
+        queries = positions[start:end, None]
+        if int(first[:, end - 1].max()) <= low:  # one document: the causal mask cuts the block's own keys only
+            hidden = (positions[start:end] > queries)[None]
+        else:
+            hidden = (positions[low:end] > queries) | (positions[low:end] < first[:, start:end, None])
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        yield _Block(slice(start * group, end * group), slice(low, end), mask)
 
 
-def _probabilities(heads: _Heads, queries: slice, seen: int, later: Tensor) -> Tensor:
-    """(K, rows, seen): softmax of a block's scores."""
-    kv_heads, length, _ = heads.k.shape
-    group = heads.q.shape[1] // length
-    scores = torch.bmm(heads.q[:, queries], heads.k[:, :seen].mT)
-    size = scores.shape[1] // group  # the last `size` keys are the block's own: there the causal mask cuts
-    scores.view(kv_heads, size, group, seen)[..., seen - size :] += later[:size, None, :size]
+def _probabilities(heads: _Heads, block: _Block) -> Tensor:
+    """(C*K, rows, m): softmax of a block's scores."""
+    scores = torch.bmm(heads.q[:, block.queries], heads.k[:, block.keys].mT)
+    _, size, masked = block.mask.shape
+    split = scores.view(-1, heads.kv_heads, size, scores.shape[1] // size, scores.shape[2])  # (C, K, size, R, m)
+    split[..., scores.shape[2] - masked :] += block.mask[:, None, :, None]
     return scores.softmax(dim=-1)
-
-
-def _later(like: Tensor) -> Tensor:
-    """(block, block): -inf where the key comes after the query, else 0."""
-    return torch.full((_BLOCK, _BLOCK), -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
-
-
-def _slices(lengths: list[int]) -> Iterator[slice]:
-    """[3, 2] -> 0:3, 3:5."""
-    start = 0
-    for length in lengths:
-        yield slice(start, start + length)
-        start += length

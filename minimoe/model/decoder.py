@@ -26,7 +26,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minimoe.model.attention import (
     DocumentLengths,
     MiniMoeAttention,
-    MiniMoeRotaryEmbedding,
     document_lengths,
 )
 from minimoe.model.config import MiniMoeConfig
@@ -43,6 +42,7 @@ from minimoe.model.losses import (
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.norm import MiniMoeRMSNorm
 from minimoe.model.precision import to_compute_dtype
+from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import RouterOutput, TopKRouter
 
 

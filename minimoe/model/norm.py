@@ -31,18 +31,18 @@ class MiniMoeRMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / rms over the last dimension: (..., D) -> (..., 1)."""
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    return squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its rms along the last dimension, and one over that rms: (..., D) -> (..., D), (..., 1)."""
+    inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * inverse, inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = inverse_rms(x, eps)
+        unit, inverse = unit_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return unit.mul_(weight)
 
     @staticmethod
     @once_differentiable
