@@ -180,7 +180,9 @@ class Benchmark:
         rows = []
         for batch in (1, 8):
             common = {"shape": asdict(self.base), "batch": batch, "device": self.options.device}
-            figures = self.turns({name: Worker("decode", subject=name, **common) for name in GENERATORS}, rounds=3)
+            workers = {name: Worker("decode", subject=name, **common) for name in GENERATORS}
+            figures = self.turns(workers | {"machine": Worker("ceilings", device=self.options.device)}, rounds=5)
+            reading = median(figures.pop("machine"), "read")  # it changes with what else the machine does
             for name, values in figures.items():
                 rows.append(
                     {
@@ -189,7 +191,7 @@ class Benchmark:
                         "tokens/s": median(values, "tokens_per_second"),
                         "minimoe is faster by": ratio(figures["minimoe"], values, "tokens_per_second"),
                         "prefill, tokens/s": median(values, "prefill_tokens_per_second"),
-                        "of reading the weights": median(values, "bytes_per_second") / self.ceilings["copy"],
+                        "of reading the weights": median(values, "bytes_per_second") / reading,
                     }
                 )
         return rows

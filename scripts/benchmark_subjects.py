@@ -246,7 +246,7 @@ def attention(shape: Shape, dtype: str, device: str, documents: int) -> Run:
 
 
 def ceilings(device: str) -> Run:
-    """What the machine can do: operations a second of a large product, bytes a second of a large copy."""
+    """What the machine can do: operations a second of a large product, bytes a second of a large copy and sum."""
     size = 2048 if device == "cpu" else 8192
     matrices = {name: torch.randn(size, size, device=device, dtype=dtype) for name, dtype in DTYPES.items()}
     source = torch.randn((64 if device == "cpu" else 1024) << 20, device=device)
@@ -254,6 +254,7 @@ def ceilings(device: str) -> Run:
 
     def run() -> dict[str, float]:
         figures = {n: 2 * size**3 / repeated(partial(torch.mm, m, m), device)()["seconds"] for n, m in matrices.items()}
+        figures["read"] = source.numel() * 4 / repeated(source.sum, device)()["seconds"]
         figures["copy"] = 2 * source.numel() * 4 / repeated(lambda: target.copy_(source), device)()["seconds"]
         return figures
 
