@@ -57,7 +57,8 @@ def train(config: Path, overrides: list[str], folder: Path, steps: int, eval_eve
     settings |= {"train.log_every": 10, "train.save_every": steps, "train.sample_every": "null"}
     words = [word for word in overrides if word.partition("=")[0] not in settings]
     words += [f"{key}={value}" for key, value in settings.items()]
-    subprocess.run([sys.executable, "-m", "minimoe.cli", "pretrain", str(config), *words, "--overwrite"], check=True)
+    command = Path(sys.executable).with_name("minimoe")  # not `python -m`, which loads torch before the settings for it
+    subprocess.run([str(command), "pretrain", str(config), *words, "--overwrite"], check=True)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
