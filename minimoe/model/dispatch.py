@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimoe.model.experts import Experts, swiglu
+from minimoe.model.losses import expert_counts
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 
@@ -87,7 +88,7 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
     """
     flat = expert_ids.flatten()
     order = flat.argsort(stable=True)
-    ends = torch.bincount(flat, minlength=num_experts).cumsum(0)
+    ends = expert_counts(expert_ids, num_experts).cumsum(0)  # a bincount for whose length the host need not wait
     return order, ends
 
 
