@@ -2,7 +2,7 @@
 
 Every subject lives in a process of its own, and subjects take turns (A B C A B C ...), so that whatever else the
 machine does hits all of them alike. Figures are medians; ratios are medians of the ratios within a turn. The
-machine's ceilings (large matrix products, a large copy) are measured first, and figures are given as shares of
+machine's ceilings (large matrix products, a large copy and sum) are measured first, and figures are given as shares of
 them too. What each job does is in `benchmark_subjects.py`.
 """
 

@@ -68,9 +68,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm_and_rotate(x: Tensor, norm: MiniMoeRMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate(norm(x.float()), cos, sin)`: (..., heads, d) -> the same in float32, to be rounded once after both.
 
-    For training on a CPU it is one function, which keeps nothing but its input.
+    For training on a CPU it is one function, which keeps nothing but its input. A module that stands in for the norm,
+    such as an adapter, is called as it is.
     """
-    if x.device.type == "cpu" and torch.is_grad_enabled():
+    if x.device.type == "cpu" and torch.is_grad_enabled() and type(norm) is MiniMoeRMSNorm:
         return _NormAndRotate.apply(x, norm.weight, norm.eps, cos, sin)
     return rotate(norm(x.float()), cos, sin)
 
