@@ -170,7 +170,7 @@ class PackedLinear:
     def __init__(self, *weights: Tensor) -> None:
         weight = torch.cat(weights).detach()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
-        self._table = ColumnTable(weight[None], torch.get_num_threads())
+        self._table = ColumnTable(weight[None])
 
     def __call__(self, rows: Tensor) -> Tensor:
         if len(rows) == 1:
@@ -182,27 +182,37 @@ class ColumnTable:
     """Products of matrices (E, out, in) with single vectors: W x is the sum of W's columns, each weighted by its x_i.
 
     The columns are rows of a table, so `embedding_bag` sums them: a bag a vector, each with a matrix of its own. It
-    gives a bag to one thread; where there are fewer vectors than threads, a matrix is cut into P blocks of outputs,
-    a bag each. Row (e*in + i)*P + p of the table is block p of column i of matrix e.
+    sums in registers and gives a bag to one thread, so a matrix is cut into P blocks of outputs, a bag each. The
+    columns of a block lie one behind the other: memory is read in order, which is up to twice as fast. Row
+    (e*P + p)*in + i of the table is block p of column i of matrix e.
     """
 
-    def __init__(self, matrices: Tensor, blocks: int) -> None:
-        count, outputs, inputs = matrices.shape
-        blocks = math.gcd(blocks, outputs)
-        self._columns = matrices.transpose(1, 2).reshape(count * inputs * blocks, outputs // blocks)
-        rows = torch.arange(len(self._columns), dtype=torch.int32)
-        self._rows = rows.view(count, inputs, blocks).transpose(1, 2).contiguous()  # (E, P, in)
-        self._starts = torch.arange(0, blocks * inputs, inputs, dtype=torch.int32)
+    REGISTERS = 28  # that the kernel sums in
+    LANES = 16  # float32 numbers in one, with AVX-512
+
+    def __init__(self, matrices: Tensor) -> None:
+        count, self._outputs, self._inputs = matrices.shape
+        threads = torch.get_num_threads() if count == 1 else 1  # several matrices are for several vectors
+        blocks, size = self._cut(self._outputs, threads)
+        padded = F.pad(matrices, (0, 0, 0, blocks * size - self._outputs))
+        columns = padded.view(count, blocks, size, self._inputs).transpose(2, 3)  # (E, P, in, size)
+        self._columns = columns.reshape(-1, size)
+        self._rows = torch.arange(len(self._columns), dtype=torch.int32).view(count, -1)  # (E, P*in)
+
+    @classmethod
+    def _cut(cls, outputs: int, multiple: int) -> tuple[int, int]:
+        """(number of blocks, outputs of one): of the few largest blocks that fit, those that need least padding."""
+        least = multiple * math.ceil(outputs / (multiple * cls.REGISTERS * cls.LANES))
+        cuts = [(n, cls.LANES * math.ceil(outputs / (n * cls.LANES))) for n in range(least, 2 * least + 1, multiple)]
+        return min(cuts, key=math.prod)
 
     def __call__(self, x: Tensor, matrix_ids: Tensor | None = None) -> Tensor:
         """x (N, in), matrix_ids (N,) or None for the only matrix -> (N, out)."""
-        rows = self._rows if matrix_ids is None else self._rows.index_select(0, matrix_ids)  # (N, P, in)
-        weights = x.unsqueeze(1).expand(rows.shape).reshape(-1)
-        starts = self._starts
-        if len(x) > 1:
-            starts = torch.arange(0, rows.numel(), rows.shape[2], dtype=torch.int32)
+        rows = self._rows if matrix_ids is None else self._rows.index_select(0, matrix_ids)  # (N, P*in)
+        weights = x.unsqueeze(1).expand(len(x), rows.shape[1] // self._inputs, self._inputs).reshape(-1)
+        starts = torch.arange(0, rows.numel(), self._inputs, dtype=torch.int32)
         sums = torch.embedding_bag(self._columns, rows.flatten(), starts, False, 0, False, weights, False)[0]
-        return sums.view(len(x), -1)
+        return sums.view(len(x), -1)[:, : self._outputs]
 
 
 class PackedNorm:
@@ -289,7 +299,7 @@ class PackedExperts:
     @cached_property
     def _tables(self) -> tuple[ColumnTable, ColumnTable]:
         source = self._source
-        return ColumnTable(source.gate_up_proj.detach(), 1), ColumnTable(source.down_proj.detach(), 1)
+        return ColumnTable(source.gate_up_proj.detach()), ColumnTable(source.down_proj.detach())
 
     @cached_property
     def _packed(self) -> list[PackedSwiGLU]:
