@@ -70,6 +70,19 @@ def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case
         assert relative_error(gradient, expected_gradients[parameter]) <= TOLERANCE[dtype], parameter
 
 
+@pytest.mark.parametrize("case", ["spread", "idle", "all_to_one"])
+@pytest.mark.parametrize("name", list(DISPATCHES))
+def test_what_a_gpu_dispatches_is_the_same_function(name, case, monkeypatch):
+    expert_ids = route(case, 37, 2)
+    expected, expected_gradients = run(by_hand, torch.float32, expert_ids)
+    for module in ("dispatch", "experts"):
+        monkeypatch.setattr(f"minimoe.model.{module}.groups_stay_on_device", lambda _: True)
+    output, gradients = run(DISPATCHES[name], torch.float32, expert_ids)
+    assert relative_error(output, expected) <= TOLERANCE[torch.float32]
+    for parameter, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[parameter]) <= TOLERANCE[torch.float32], parameter
+
+
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("n_shared_experts", [0, 2])
 def test_training_and_inference_mode_of_the_block_are_the_same_function(scoring_func, n_shared_experts):

@@ -177,29 +177,38 @@ def eager_attention(
     return (probabilities @ v).transpose(1, 2), probabilities
 
 
-def document_lengths(
-    position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]
-) -> DocumentLengths | None:
-    """Where packed documents and padding begin, from positions that restart and a padding mask.
+def document_ids(position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """Which document each token belongs to, from positions that restart and a padding mask.
 
     A document starts at column 0, wherever a position is not its left neighbour's plus one, and wherever padding
     begins or ends. So padding is a document of its own, and nothing real attends to it.
 
     Args:
         position_ids: (B or 1, S) or None.
-        attention_mask: (B, S), nonzero for real tokens, or None.
+        attention_mask: (B, S), nonzero for real tokens, or None; one of the two is given.
         shape: (B, S).
 
     Returns:
-        Lengths in the order of the flattened (B, S) stream; None when every row is one document.
+        (B, S) int64, counted along the flattened stream from 0.
     """
-    starts = torch.zeros(shape, dtype=torch.bool)
+    given = [x for x in (position_ids, attention_mask) if x is not None]
+    starts = torch.zeros(shape, dtype=torch.bool, device=given[0].device)
     starts[:, 0] = True
     if position_ids is not None:
-        starts[:, 1:] |= (position_ids.diff(dim=1) != 1).cpu()
+        starts[:, 1:] |= position_ids.diff(dim=1) != 1
     if attention_mask is not None:
-        starts[:, 1:] |= (attention_mask.bool()[:, 1:] != attention_mask.bool()[:, :-1]).cpu()
-    if int(starts.sum()) == shape[0]:
+        starts[:, 1:] |= attention_mask.bool().diff(dim=1)
+    return starts.flatten().cumsum(0).sub_(1).view(shape)
+
+
+def document_lengths(
+    position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]
+) -> DocumentLengths | None:
+    """Lengths of the documents in the order of the stream; None when every row is one document.
+
+    Arguments as in `document_ids`, both may be None. The host waits for the device.
+    """
+    if position_ids is None and attention_mask is None:
         return None
-    bounds = torch.cat((starts.flatten().nonzero().flatten(), torch.tensor([starts.numel()])))
-    return bounds.diff().tolist()
+    lengths = document_ids(position_ids, attention_mask, shape).flatten().bincount().tolist()
+    return None if len(lengths) == shape[0] else lengths

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from minimoe.model.attention import (
     DocumentLengths,
     MiniMoeAttention,
+    document_ids,
     document_lengths,
 )
 from minimoe.model.config import MiniMoeConfig
@@ -181,20 +182,20 @@ class MiniMoeModel(MiniMoePreTrainedModel):
     ) -> tuple[Tensor | None, DocumentLengths | None]:
         """How attention is masked: a 4-D mask, or document lengths, or neither (plain causal)."""
         shape = (x.shape[0], x.shape[1])
-        documents = None
+        block_ids = None
         if not past_length and shape[1] > 1 and (attention_mask is None or attention_mask.dim() == 2):
             if attention_mask is not None and attention_mask.shape[1] != shape[1]:
                 raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit input {shape}")
-            documents = document_lengths(position_ids, attention_mask, shape)
-            if documents is None:
-                attention_mask = None  # nothing is padded: every row is one document
-            elif self.config._attn_implementation == "sdpa" and x.device.type == "cpu":
-                return None, documents
-        block_ids = None
-        if documents is not None:
-            # The general way: a mask that also forbids looking across documents, cache or not.
-            lengths = torch.tensor(documents, device=x.device)
-            block_ids = torch.arange(len(documents), device=x.device).repeat_interleave(lengths).view(shape)
+            if x.device.type == "cpu":
+                documents = document_lengths(position_ids, attention_mask, shape)
+                packed = documents is not None
+                if packed and self.config._attn_implementation == "sdpa":
+                    return None, documents
+            else:  # to look would make the host wait: whoever gives positions or a mask has a reason
+                packed = position_ids is not None or attention_mask is not None
+            if packed:
+                # The general way: a mask that also forbids looking across documents.
+                block_ids = document_ids(position_ids, attention_mask, shape)
             attention_mask = None
         mask = create_causal_mask(
             config=self.config,
@@ -342,9 +343,11 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         if result.logits is not None and result.logits.shape[1] == labels.shape[1]:
             result.lm_loss = next_token_loss(result.logits[:, :-1].flatten(0, 1), targets, num_items)
         else:
-            learned = (targets != IGNORE_INDEX).nonzero().flatten()
-            chosen = hidden[:, :-1].flatten(0, 1).index_select(0, learned)  # (N, D)
-            result.lm_loss = fused_next_token_loss(chosen, self.lm_head.weight, targets[learned], num_items)
+            states = hidden[:, :-1].flatten(0, 1)  # (N, D)
+            if states.device.type == "cpu":  # elsewhere the host would wait to know how many are learned
+                learned = (targets != IGNORE_INDEX).nonzero().flatten()
+                states, targets = states.index_select(0, learned), targets[learned]
+            result.lm_loss = fused_next_token_loss(states, self.lm_head.weight, targets, num_items)
         # The router terms are means over this call's tokens; weigh them by its share of the step.
         share = num_targets / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
         assert result.load_balancing_loss is not None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimoe.model.experts import Experts, swiglu
+from minimoe.model.experts import Experts, groups_stay_on_device, swiglu
 from minimoe.model.losses import expert_counts
 
 Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
@@ -65,6 +65,8 @@ def grouped(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Expert
     slot_weights = weights.flatten()[order, None]  # (T*k, 1)
     # Summed in float32 (weights are float32), as `replicated` does; half precision would round k times.
     combined = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, weights.dtype), device=tokens.device)
+    if groups_stay_on_device(tokens):  # all groups in two kernels; the loop below would wait for their sizes
+        return combined.index_add_(0, token_ids, experts(tokens[token_ids], ends) * slot_weights).to(tokens.dtype)
     start = 0
     for (gate_up, down), end in zip(experts.unstacked(), ends.tolist(), strict=True):
         if start < end:

@@ -42,7 +42,7 @@ class Experts(nn.Module):
             (N, D) in the computing dtype (autocast's, if on).
         """
         (rows,) = to_compute_dtype(rows)
-        if rows.device.type == "cuda":
+        if groups_stay_on_device(rows):
             gate_up, down = to_compute_dtype(self.gate_up_proj, self.down_proj)
             return grouped_mm_swiglu(rows, gate_up, down, ends)
         return _GroupedSwiGLU.apply(rows, self.gate_up_proj, self.down_proj, ends.tolist())
@@ -50,6 +50,14 @@ class Experts(nn.Module):
     def unstacked(self) -> list[tuple[Tensor, Tensor]]:
         """(gate_up (2I, D), down (D, I)) of every expert; one `unbind` each, so gradients are stacked once."""
         return list(zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True))
+
+
+def groups_stay_on_device(rows: Tensor) -> bool:
+    """Whether kernels read the groups' sizes where they are, so that the host never waits for the device.
+
+    The meta device computes nothing and cannot be read from: what runs on it never waits.
+    """
+    return rows.device.type in ("cuda", "meta")
 
 
 def swiglu(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
