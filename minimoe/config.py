@@ -228,6 +228,7 @@ class GenerationSection(Section):
     seed: Seed = Field(0, description="seed of the sampling")
     chat: bool = Field(False, description="wrap the prompt in the chat template")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
+    compile: bool = Field(False, description="torch.compile the step, on a GPU and in bf16")
 
     @field_validator("temperature")
     @classmethod

@@ -38,13 +38,18 @@ class PreallocatedLayer(DynamicLayer):
         if not self.is_initialized:
             self.capacity = max(self.capacity, end)
             self.lazy_initialization(key_states, value_states)
-        elif end > self.capacity:
-            self._grow(max(end, 2 * self.capacity))
+        self.reserve(key_states.shape[-2])
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         # The length moves last: an interrupt in the middle of an update leaves the layer as it was.
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def reserve(self, positions: int) -> None:
+        """Make room for more positions; a buffer that is outrun doubles."""
+        end = self.length + positions
+        if end > self.capacity:
+            self._grow(max(end, 2 * self.capacity))
 
     def get_seq_length(self) -> int:
         """Positions in use."""
@@ -103,4 +108,5 @@ class PreallocatedCache(DynamicCache):
 
 def _buffer_like(states: torch.Tensor, capacity: int) -> torch.Tensor:
     batch, heads, _, width = states.shape
-    return states.new_empty(batch, heads, capacity, width)
+    # Zeros, for a compiled step reads the whole buffer: what is masked has weight 0, and 0 * NaN would be NaN.
+    return states.new_zeros(batch, heads, capacity, width)

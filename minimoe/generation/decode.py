@@ -17,6 +17,7 @@ import torch
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
+from minimoe.generation.compiled import CompiledModel
 from minimoe.generation.packed import PackedModel
 from minimoe.generation.sampling import draw_uniforms, penalize_repetition, sample
 
@@ -31,7 +32,7 @@ class DecodeBatch:
         settings: how to sample.
         generators: one a row.
         cache: holds the first positions of the only prompt already, or None.
-        packed: the model's fast copy; None decodes with the model's own forward.
+        fast: another form of the model; None decodes with its own forward.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class DecodeBatch:
         settings: GenerationSection,
         generators: Sequence[torch.Generator],
         cache: PreallocatedCache | None = None,
-        packed: PackedModel | None = None,
+        fast: PackedModel | CompiledModel | None = None,
     ) -> None:
         assert cache is None or len(prompts) == 1, "a warm cache belongs to one conversation"
-        self._model, self._packed, self._settings, self._generators = model, packed, settings, list(generators)
+        self._model, self._fast, self._settings, self._generators = model, fast, settings, list(generators)
         device = model.device
         longest = max(len(prompt) for prompt in prompts)
         capacity = longest + max_new_tokens
@@ -87,8 +88,8 @@ class DecodeBatch:
 
     def _forward(self, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """positions (B, n), mask (B, L + n) -> logits of the last tokens (B, V)."""
-        if self._packed is not None:
-            return self._packed(self._next, positions, self._cache, mask)
+        if self._fast is not None:
+            return self._fast(self._next, positions, self._cache, mask)
         return self._model(
             input_ids=self._next,
             attention_mask=mask,

@@ -18,6 +18,7 @@ import torch
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
+from minimoe.generation.compiled import CompiledModel, why_not_compiled
 from minimoe.generation.decode import DecodeBatch
 from minimoe.generation.packed import PackedModel, weights_version, why_not_packed
 from minimoe.generation.sampling import row_generator
@@ -71,6 +72,7 @@ class Engine:
         self.end_ids = _end_ids(model, tokenizer, self._boundary)
         self._packed: PackedModel | None = None
         self._packed_version: object = None
+        self._compiled: CompiledModel | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> Engine:
@@ -85,6 +87,19 @@ class Engine:
         if self._packed is None or version != self._packed_version:
             self._packed, self._packed_version = PackedModel(self.model), version
         return self._packed
+
+    def compiled(self) -> CompiledModel:
+        """The model with a compiled step.
+
+        Raises:
+            UserError: `why_not_compiled` tells a reason.
+        """
+        reason = why_not_compiled(self.model)
+        if reason:
+            raise UserError(f"decoding cannot be compiled: {reason}", mend="set generation.compile=false")
+        if self._compiled is None:
+            self._compiled = CompiledModel(self.model)
+        return self._compiled
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """Token ids of a prompt.
@@ -157,7 +172,7 @@ class Engine:
             settings,
             [row.generator for row in rows],
             cache,
-            self.packed(),
+            self.compiled() if settings.compile else self.packed(),
         )
         while True:
             for row, token_id in zip(live, batch.step(), strict=True):
@@ -169,7 +184,8 @@ class Engine:
             unfinished = [index for index, row in enumerate(live) if row.finish_reason is None]
             if not unfinished:
                 return
-            if len(unfinished) <= len(live) // 2:  # copying the cache pays off when half of it goes
+            # Copying the cache pays off when half of it goes, but not compiling for another number of rows.
+            if len(unfinished) <= len(live) // 2 and not settings.compile:
                 batch.keep(unfinished)
                 live = [live[index] for index in unfinished]
 

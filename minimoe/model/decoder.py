@@ -183,7 +183,7 @@ class MiniMoeModel(MiniMoePreTrainedModel):
         """How attention is masked: a 4-D mask, or document lengths, or neither (plain causal)."""
         shape = (x.shape[0], x.shape[1])
         block_ids = None
-        if not past_length and shape[1] > 1 and (attention_mask is None or attention_mask.dim() == 2):
+        if shape[1] > 1 and not past_length and (attention_mask is None or attention_mask.dim() == 2):
             if attention_mask is not None and attention_mask.shape[1] != shape[1]:
                 raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit input {shape}")
             if x.device.type == "cpu":

@@ -1,0 +1,96 @@
+"""Compiled decoding, traced on a CPU: a GPU's kernels are not generated, but the graph and its cache are the same."""
+
+import functools
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch._dynamo.testing import CompileCounter
+
+from minimoe.config import GenerationSection
+from minimoe.errors import UserError
+from minimoe.generation.compiled import why_not_compiled
+from minimoe.generation.engine import Engine
+from minimoe.model.experts import swiglu
+
+PROMPTS = ["The cat", "Once upon a time there was a small boat", "What is 3 + 4?"]
+GREEDY = GenerationSection(temperature=0, max_new_tokens=12, batch_size=3)
+COMPILED = GREEDY.model_copy(update={"compile": True})
+
+
+@pytest.fixture
+def engine(tiny_tokenizer) -> Engine:
+    engine = Engine(tiny_model(vocab_size=448, num_hidden_layers=1, initializer_range=0.5), tiny_tokenizer)
+    engine.end_ids = frozenset()  # random weights would often end after a few tokens
+    return engine
+
+
+def every_expert_on_every_row(rows, gate_up, down, ends):
+    """In place of grouped products, which can be traced in bf16 only: there, greedy texts part at near ties."""
+    experts = torch.bucketize(torch.arange(len(rows)), ends, right=True)
+    outputs = torch.stack([swiglu(rows, *weights) for weights in zip(gate_up, down, strict=True)])  # (E, N, D)
+    return outputs[experts, torch.arange(len(rows))]
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> CompileCounter:
+    """A CPU goes a GPU's way; counts the graphs."""
+    counter = CompileCounter()
+    compile_traced = functools.partial(torch.compile, backend=counter)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, fullgraph, mode: compile_traced(function, fullgraph=fullgraph)
+    )
+    monkeypatch.setattr("minimoe.generation.engine.why_not_compiled", lambda _: None)
+    monkeypatch.setattr("minimoe.model.experts.grouped_mm_swiglu", every_expert_on_every_row)
+    for module in ("dispatch", "experts"):
+        monkeypatch.setattr(f"minimoe.model.{module}.groups_stay_on_device", lambda _: True)
+    torch._dynamo.reset()
+    return counter
+
+
+def test_prompts_of_unlike_lengths_decode_as_without(engine, graphs):
+    expected = [completion.text for completion in engine.generate(PROMPTS, GREEDY)]
+    assert [completion.text for completion in engine.generate(PROMPTS, COMPILED)] == expected
+    assert graphs.frame_count == 1  # for 11 steps
+
+
+def test_a_conversation_keeps_its_cache_and_its_graph(engine, graphs):
+    sessions = engine.session(), engine.session()
+    for prompt in ("The cat", "The cat sat on", "The dog"):  # the last cuts the cache back
+        texts = ["".join(s.stream(prompt, g)) for s, g in zip(sessions, (GREEDY, COMPILED), strict=True)]
+        assert texts[0] == texts[1]
+        assert sessions[0].reused_tokens == sessions[1].reused_tokens
+    assert graphs.frame_count == 1
+
+
+def test_a_cache_that_is_outrun_grows(engine, graphs):
+    settings = {"max_new_tokens": 300}
+    engine.context_length = 400
+    long = GREEDY.model_copy(update=settings), COMPILED.model_copy(update=settings)
+    assert len({"".join(engine.stream("The cat", each)) for each in long}) == 1
+    assert graphs.frame_count == 2
+
+
+def test_an_interrupted_step_leaves_the_conversation_as_it_was(engine, graphs, monkeypatch):
+    session = engine.session()
+    "".join(session.stream("The cat", COMPILED))
+    compiled = engine.compiled()
+    step = compiled._step
+
+    def interrupt(*args):
+        step(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiled, "_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        "".join(session.stream("The dog", COMPILED))
+    monkeypatch.setattr(compiled, "_step", step)
+    assert "".join(session.stream("The dog", COMPILED)) == "".join(engine.stream("The dog", GREEDY))
+
+
+def test_where_it_cannot_be_compiled_an_error_says_why(engine):
+    with pytest.raises(UserError, match=r"the model is on cpu.*\n?.*generation.compile=false"):
+        engine.generate(["The cat"], COMPILED)
+    assert "is not MiniMoeForCausalLM" in str(why_not_compiled(torch.nn.Linear(2, 2)))
+    with torch.device("meta"):
+        assert "on meta" in str(why_not_compiled(tiny_model()))
