@@ -215,6 +215,9 @@ class TokenizerSection(Section):
     )
 
 
+WeightsName = Literal["exact", "int8"]
+
+
 class GenerationSection(Section):
     """Decoding settings."""
 
@@ -229,6 +232,7 @@ class GenerationSection(Section):
     chat: bool = Field(False, description="wrap the prompt in the chat template")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     compile: bool = Field(False, description="torch.compile the step, on a GPU and in bf16")
+    weights: WeightsName = Field("exact", description="int8 rounds them to 8 bits: single prompts on a CPU get faster")
 
     @field_validator("temperature")
     @classmethod

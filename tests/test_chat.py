@@ -37,9 +37,9 @@ def engine(tiny_tokenizer) -> Engine:
 def say(engine, monkeypatch, capsys):
     """Feed lines to a chat; returns it with what it printed."""
 
-    def talk(*lines: str, system: str | None = None) -> tuple[Chat, str, str]:
+    def talk(*lines: str, system: str | None = None, settings: GenerationSection = SETTINGS) -> tuple[Chat, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
-        chat = Chat(engine, SETTINGS, system)
+        chat = Chat(engine, settings, system)
         chat.loop()
         return chat, *capsys.readouterr()
 
@@ -125,3 +125,16 @@ def test_a_tokenizer_without_chat_template_is_refused_at_once(engine, tiny_token
     monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="chat template"):
         Chat(engine, SETTINGS)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="int8 weights need oneDNN")
+def test_int8_weights_tell_their_cost_once(say):
+    _, _, err = say("Hello", "And then?", settings=SETTINGS.model_copy(update={"weights": "int8"}))
+    assert err.count("tokens/s") == 2
+    assert err.count("int8 weights: ") == 1
+
+
+def test_impossible_int8_weights_are_refused_before_the_first_message(engine, monkeypatch):
+    monkeypatch.setattr("minimoe.generation.engine.why_not_packed", lambda model: "the model is on mars")
+    with pytest.raises(UserError, match="the model is on mars"):
+        Chat(engine, SETTINGS.model_copy(update={"weights": "int8"}))

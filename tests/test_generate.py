@@ -131,3 +131,27 @@ def test_a_missing_or_ambiguous_origin_is_refused(tmp_path):
         read_prompts(None, None, io.StringIO("\n"))
     with pytest.raises(UserError, match="no prompt"):
         read_prompts(None, None, None)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="int8 weights need oneDNN")
+@pytest.mark.parametrize("prompts", [["The cat"], ["The cat", "A boat"]])
+@pytest.mark.parametrize("json_output", [False, True])
+def test_int8_weights_come_with_what_they_cost(model_dir, capsys, prompts, json_output):
+    run(model_dir, prompts, SETTINGS.model_copy(update={"weights": "int8"}), device="cpu", json_output=json_output)
+    engine = Engine.from_pretrained(model_dir, "cpu")
+    completion = engine.generate(prompts, SETTINGS.model_copy(update={"weights": "int8"}))[0]
+    ids = [*engine.encode(prompts[0]), *completion.token_ids]
+    remark = (
+        f"int8 weights: {engine.int8_cost(ids):.5f} nats/token of loss more than exact ones on these {len(ids)} tokens"
+    )
+    assert capsys.readouterr().err.count(remark) == 1
+    run(model_dir, prompts, SETTINGS, device="cpu", json_output=json_output)
+    assert "int8" not in capsys.readouterr().err
+
+
+def test_impossible_int8_weights_are_refused_before_anything_is_printed(model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("minimoe.generation.engine.why_not_packed", lambda model: "the model is on mars")
+    with pytest.raises(UserError, match="the model is on mars") as refusal:
+        run(model_dir, ["The cat"], SETTINGS.model_copy(update={"weights": "int8"}), device="cpu")
+    assert "weights=exact" in refusal.value.mend
+    assert capsys.readouterr().out == ""

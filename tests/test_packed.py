@@ -11,10 +11,12 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimoe import MiniMoeForCausalLM
-from minimoe.config import GenerationSection
+from minimoe.config import GenerationSection, WeightsName
+from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
 from minimoe.generation.engine import Engine
-from minimoe.generation.packed import ColumnTable, PackedModel, why_not_packed
+from minimoe.generation.packed import ByteTable, ColumnTable, PackedModel, why_not_packed
+from minimoe.model.experts import Experts
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packing needs oneDNN")
 
@@ -48,9 +50,27 @@ def make_model(dtype: torch.dtype = torch.float32, **changes) -> MiniMoeForCausa
     return model.to(dtype).eval()
 
 
-def steps_of_both(model: MiniMoeForCausalLM, pads: list[int], lengths: list[int]) -> list[tuple]:
+def rounded(model: MiniMoeForCausalLM) -> MiniMoeForCausalLM:
+    """The model whose matrices are those that int8 weights stand for; embeddings, routers and norms as they are."""
+    model = copy.deepcopy(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # no longer the embeddings'
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Experts)):
+            for parameter in module.parameters():
+                parameter.data = ByteTable.kept(parameter.data)
+    return model
+
+
+def steps_of_both(
+    model: MiniMoeForCausalLM,
+    pads: list[int],
+    lengths: list[int],
+    packed_from: MiniMoeForCausalLM | None = None,
+    weights: WeightsName = "exact",
+) -> list[tuple]:
     """Logits (B, V) of packed copy and model after each of the feeds: rows with `pads[i]` pads at their beginning."""
-    packed, caches = PackedModel(model), [PreallocatedCache(model.config, 4) for _ in range(2)]
+    packed = PackedModel(packed_from or model, weights)
+    caches = [PreallocatedCache(model.config, 4) for _ in range(2)]
     total, results, start = sum(lengths), [], 0
     ids = torch.randint(model.config.vocab_size, (len(pads), total))
     columns, padding = torch.arange(total), torch.tensor(pads)[:, None]
@@ -106,6 +126,70 @@ def test_a_column_table_multiplies_each_vector_with_its_matrix(dtype, outputs):
     assert relative_error(result.float(), expected) < {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
 
 
+@pytest.mark.parametrize("outputs", [10, 448, 907])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_byte_table_multiplies_with_matrices_rounded_to_the_nearest_step(dtype, outputs):
+    torch.manual_seed(0)
+    matrices, x = torch.randn(3, outputs, 7).to(dtype), torch.randn(4, 7).to(dtype)
+    matrices[1, 4], matrices[2, 3] = 0, 1000 * matrices[2, 3]  # a scale for every output
+    ids = torch.tensor([2, 0, 2, 1])
+    kept = ByteTable.kept(matrices.float())
+    steps = matrices.float().abs().amax(dim=-1, keepdim=True) / 127
+    assert ((kept - matrices.float()).abs() <= 0.5001 * steps).all()
+    expected = torch.stack([kept[i] @ row.float() for i, row in zip(ids, x, strict=True)])
+    result = ByteTable(matrices)(x, ids)
+    assert result.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-3}[dtype]  # the result's; up to 255 is added and taken away
+    scale = steps[ids].squeeze(-1)
+    assert ((result.float() - expected).abs() <= tolerance * (expected.abs() + 255 * scale)).all()
+
+
+@pytest.mark.parametrize("pads", [[0], [0] * 8], ids=["one row", "eight rows"])
+@pytest.mark.parametrize("variant", ["softmax", "many experts", "shared experts", "dense first", "tied head"])
+def test_int8_weights_are_one_function_in_all_layouts(variant, pads):
+    # So that the length of a prompt and the neighbours in a batch do not change what a model says.
+    model = make_model(**VARIANTS[variant])
+    lengths = [9, 1, 1, 4, 1] if len(pads) == 1 else [9, 1, 1]
+    for logits, expected in steps_of_both(rounded(model), pads, lengths, packed_from=model, weights="int8"):
+        assert relative_error(logits, expected) < 3 * TOLERANCE  # bytes have an offset, which is taken away again
+
+
+def test_int8_logits_are_as_near_to_exact_ones_as_their_steps_are_small():
+    # A step is max|w|/127, about 2.5 standard deviations/127 for rows of 32; rounding is off by step/sqrt(12): 0.6 %
+    # of a product. The 3 layers' 12 and the head add up like noise: sqrt(13) * 0.6 % = 2 %. All experts are chosen:
+    # otherwise a rounding may choose another expert, which tells nothing about the arithmetic.
+    model = make_model(num_experts=4, num_experts_per_tok=4)
+    for logits, expected in steps_of_both(model, [0], [9, 1, 1, 4, 1], weights="int8"):
+        assert 2e-3 < relative_error(logits, expected) < 4e-2
+
+
+def test_int8_weights_continue_a_learned_text_like_exact_ones(tiny_tokenizer):
+    model = make_model(vocab_size=448, initializer_range=0.05)
+    engine = Engine(model, tiny_tokenizer)
+    text = "Once upon a time there was a small boat that sailed around the lake"
+    ids = engine.encode(text)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    settings = GenerationSection(temperature=0, max_new_tokens=len(ids) - len(engine.encode("Once")), weights="int8")
+    completion = engine.generate(["Once"], settings)[0]
+    assert "Once" + completion.text == text
+    assert engine._packed_version[0] == "int8"
+    assert 0 < engine.int8_cost(ids) < 1e-2
+
+
+def test_the_cost_of_int8_weights_is_the_divergence_from_the_exact_model(tiny_tokenizer):
+    model = make_model(vocab_size=448)
+    ids = list(range(5, 35))
+    with torch.inference_mode():
+        exact, int8 = (m(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1) for m in (model, rounded(model)))
+    expected = (exact * (exact / int8).log()).sum(dim=-1).mean()
+    assert Engine(model, tiny_tokenizer).int8_cost(ids) == pytest.approx(float(expected), rel=1e-3)
+    assert Engine(rounded(model), tiny_tokenizer).int8_cost(ids) < 1e-3 * expected  # nothing left to round
+
+
 def test_the_engine_decodes_on_the_packed_copy_and_notices_changed_weights(tiny_tokenizer):
     engine = Engine(make_model(vocab_size=448), tiny_tokenizer)
     first = engine.packed()
@@ -113,7 +197,14 @@ def test_the_engine_decodes_on_the_packed_copy_and_notices_changed_weights(tiny_
     assert engine.packed() is first
     with torch.no_grad():
         engine.model.lm_head.weight.neg_()  # in place, as an optimizer would
-    assert engine.packed() is not first
+    second = engine.packed()
+    assert second is not first
+    assert engine.packed("int8") is not second
+    third = engine.packed("int8")
+    with torch.no_grad():
+        engine.model.lm_head.weight.neg_()
+    assert engine.packed("int8") is not third
+    torch.testing.assert_close(engine.packed("int8").logits([5, 6]), -third.logits([5, 6]))
 
 
 def _hooked(model: nn.Module) -> nn.Module:
@@ -145,6 +236,8 @@ def test_any_other_model_decodes_with_its_own_forward_and_says_why(case, tiny_to
     engine = Engine(change(model), tiny_tokenizer)
     assert reason in why_not_packed(engine.model)
     assert engine.packed() is None
+    with pytest.raises(UserError, match=reason):
+        engine.generate(["The cat"], GenerationSection(weights="int8"))
 
 
 def test_another_architecture_and_autocast_are_named():
@@ -162,5 +255,5 @@ def test_greedy_text_is_the_same_with_and_without_packing(tiny_tokenizer, monkey
     prompts = ["The cat", "Once upon a time there was a small boat", "What is 3 + 4?"]
     fast = [completion.token_ids for completion in engine.generate(prompts, settings)]
     plain = copy.copy(engine)
-    monkeypatch.setattr(plain, "packed", lambda: None)
+    monkeypatch.setattr(plain, "packed", lambda weights: None)
     assert fast == [completion.token_ids for completion in plain.generate(prompts, settings)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine, Message
-from minimoe.generation.generate import dim, speed
+from minimoe.generation.generate import dim, int8_remark, speed
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -30,7 +30,10 @@ class Chat:
         self._session = engine.session()
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._opening)
-        # A model without a chat template is refused here, not after the first message.
+        self._cost_told = settings.weights == "exact"
+        # A model without a chat template, and int8 weights where there can be none, are refused here, not after the
+        # first message.
+        engine.packed(settings.weights)
         engine.encode([*self._opening, {"role": "user", "content": "?"}])
 
     def loop(self) -> None:
@@ -84,6 +87,9 @@ class Chat:
         if completion is None:  # stopped before anything was generated
             return
         dim(speed(completion) + interrupted)
+        if not self._cost_told:  # once: it feeds the whole text again
+            dim(int8_remark(self._engine, self._engine.encode(conversation), completion))
+            self._cost_told = True
         self.messages = [*conversation, {"role": "assistant", "content": completion.text}]
 
     def _fit(self, conversation: list[Message]) -> list[Message]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from minimoe.config import GenerationSection
+from minimoe.config import GenerationSection, WeightsName
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
 from minimoe.generation.compiled import CompiledModel, why_not_compiled
@@ -79,13 +80,21 @@ class Engine:
         """Open a model folder; see `load_model`."""
         return cls(*load_model(path, device, dtype))
 
-    def packed(self) -> PackedModel | None:
-        """The model's fast copy, up to date with its weights; None where `why_not_packed` tells a reason."""
-        if why_not_packed(self.model):
+    def packed(self, weights: WeightsName = "exact") -> PackedModel | None:
+        """The model's fast copy, up to date with its weights; None where `why_not_packed` tells a reason.
+
+        Raises:
+            UserError: int8 weights, which only a copy has, where there can be none.
+        """
+        reason = why_not_packed(self.model)
+        if reason and weights == "int8":
+            mend = "use weights=exact; int8 is for unchanged minimoe models on a CPU (--device cpu)"
+            raise UserError(f"int8 weights are impossible here: {reason}", where="generation.weights", mend=mend)
+        if reason:
             return None
-        version = weights_version(self.model)
+        version = (weights, weights_version(self.model))
         if self._packed is None or version != self._packed_version:
-            self._packed, self._packed_version = PackedModel(self.model), version
+            self._packed, self._packed_version = PackedModel(self.model, weights), version
         return self._packed
 
     def compiled(self) -> CompiledModel:
@@ -96,10 +105,23 @@ class Engine:
         """
         reason = why_not_compiled(self.model)
         if reason:
-            raise UserError(f"decoding cannot be compiled: {reason}", mend="set generation.compile=false")
+            raise UserError(f"decoding cannot be compiled: {reason}", where="generation.compile", mend="use compile=false")
         if self._compiled is None:
             self._compiled = CompiledModel(self.model)
         return self._compiled
+
+    @torch.inference_mode()
+    def int8_cost(self, token_ids: Sequence[int]) -> float:
+        """Nats by which int8 weights predict a token of this text worse, if the exact model is right about the text.
+
+        That is the divergence KL(exact || int8) of the next token's probabilities, a mean over the positions. It
+        is expected where the difference of the losses of one text is drawn, so a short text tells it.
+        """
+        packed = self.packed("int8")
+        assert packed is not None
+        int8 = packed.logits(token_ids).double().log_softmax(dim=-1)  # (n, V)
+        exact = self.model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0].double().log_softmax(dim=-1)
+        return float(F.kl_div(int8, exact, reduction="batchmean", log_target=True))
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
         """Token ids of a prompt.
@@ -151,6 +173,11 @@ class Engine:
         """A conversation that keeps its cache between turns."""
         return Session(self)
 
+    def _fast(self, settings: GenerationSection) -> PackedModel | CompiledModel | None:
+        """The form of the model that the settings ask for; None decodes with its own forward."""
+        packed = self.packed(settings.weights)
+        return self.compiled() if settings.compile else packed
+
     def _row(self, ids: list[int], settings: GenerationSection, occurrence: int = 0) -> _Row:
         limit = min(settings.max_new_tokens, self.context_length - len(ids))
         generator = row_generator(settings.seed, ids, occurrence)
@@ -172,7 +199,7 @@ class Engine:
             settings,
             [row.generator for row in rows],
             cache,
-            self.compiled() if settings.compile else self.packed(),
+            self._fast(settings),
         )
         while True:
             for row, token_id in zip(live, batch.step(), strict=True):

@@ -21,6 +21,7 @@ from minimoe.generation.engine import Completion, Engine, Prompt
 from minimoe.generation.packed import why_not_packed
 
 MAX_BYTES = 1 << 30  # of a prompt file or standard input
+SCORED_TOKENS = 512  # of a text that the cost of int8 weights is measured on; as many are fed in a second or less
 
 
 def run(
@@ -34,14 +35,18 @@ def run(
     """Open the model and print a completion of every prompt."""
     engine = Engine.from_pretrained(model_dir, device)
     reason = why_not_packed(engine.model)
+    engine.packed(settings.weights)  # int8 is refused here, not after the prompt is printed
     if reason:
         dim(f"no fast decoding: {reason}")
+    completion: Completion | None
     if json_output:
-        _print_json(engine, prompts, settings)
+        completion = _print_json(engine, prompts, settings)
     elif len(prompts) == 1:
-        _print_stream(engine, prompts[0], settings)
+        completion = _print_stream(engine, prompts[0], settings)
     else:
-        _print_all(engine, prompts, settings)
+        completion = _print_all(engine, prompts, settings)
+    if settings.weights == "int8" and completion is not None:
+        dim(int8_remark(engine, engine.encode(prompts[0], settings.chat), completion))
 
 
 def read_prompts(prompt: str | None, file: str | Path | None, stdin: TextIO | None) -> list[Prompt]:
@@ -77,14 +82,23 @@ def dim(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
 
 
+def int8_remark(engine: Engine, prompt: Sequence[int], completion: Completion) -> str:
+    """What the rounding cost, measured on a prompt and its completion."""
+    token_ids = [*prompt, *completion.token_ids][-SCORED_TOKENS:]
+    cost = engine.int8_cost(token_ids)
+    return f"int8 weights: {cost:.5f} nats/token of loss more than exact ones on these {len(token_ids)} tokens"
+
+
 def speed(completion: Completion) -> str:
     """'57 tokens, 123.4 tokens/s', and why it ended where that is not an end token."""
     cut = ", length limit" if completion.finish_reason == "length" else ""
     return f"{completion.new_tokens} tokens, {completion.tokens_per_second:.1f} tokens/s{cut}"
 
 
-def _print_json(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection) -> None:
-    for prompt, completion in zip(prompts, engine.generate(prompts, settings), strict=True):
+def _print_json(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection) -> Completion:
+    """These print all completions and return the first."""
+    completions = engine.generate(prompts, settings)
+    for prompt, completion in zip(prompts, completions, strict=True):
         row = {
             "prompt": prompt,
             "text": completion.text,
@@ -94,9 +108,10 @@ def _print_json(engine: Engine, prompts: Sequence[Prompt], settings: GenerationS
             "tokens_per_second": round(completion.tokens_per_second, 1),
         }
         print(json.dumps(row, ensure_ascii=False), flush=True)
+    return completions[0]
 
 
-def _print_stream(engine: Engine, prompt: Prompt, settings: GenerationSection) -> None:
+def _print_stream(engine: Engine, prompt: Prompt, settings: GenerationSection) -> Completion | None:
     session = engine.session()
     pieces = session.stream(prompt, settings)
     if isinstance(prompt, str) and not settings.chat:
@@ -107,9 +122,10 @@ def _print_stream(engine: Engine, prompt: Prompt, settings: GenerationSection) -
     print(flush=True)
     if session.completion is not None:
         dim(speed(session.completion))
+    return session.completion
 
 
-def _print_all(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection) -> None:
+def _print_all(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection) -> Completion:
     completions = engine.generate(prompts, settings)
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
         print(f"--- {number}/{len(prompts)} ---")
@@ -117,6 +133,7 @@ def _print_all(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSe
         print(f"{question}{completion.text}" if _reads_on(prompt, settings) else f"> {question}\n{completion.text}")
     total = sum(completion.new_tokens for completion in completions)
     dim(f"{len(completions)} completions, {total} tokens")
+    return completions[0]
 
 
 def _reads_on(prompt: Prompt, settings: GenerationSection) -> bool:

@@ -10,6 +10,10 @@ rows reaches a third of that speed or less. What comes near it:
 The rest is fewer calls a layer: query, key and value in one product, heads that share keys attended as one, no
 modules. The layouts are copies: with them the weights take about three times the memory.
 
+With `weights="int8"` every matrix is rounded to 8 bits (see `ByteTable`); embeddings, routers and norms stay as they
+are. Single vectors then read a quarter of the bytes. Several rows are multiplied with the rounded numbers too, in the
+model's dtype: no faster, but the same function, so that a completion does not depend on what else is in its batch.
+
 B rows, n tokens fed a row, T tokens = B*n, D hidden, H query heads, K key/value heads, d head_dim, L positions in
 the cache, E experts, k experts per token, I expert width, V vocabulary.
 """
@@ -17,6 +21,7 @@ the cache, E experts, k experts per token, I expert width, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimoe.config import WeightsName
 from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
 from minimoe.model.attention import MiniMoeAttention
 from minimoe.model.decoder import MiniMoeDecoderLayer, MiniMoeForCausalLM, MiniMoeModel
@@ -87,13 +93,14 @@ def weights_version(model: Any) -> tuple[tuple[int, int], ...]:
 
 
 class PackedModel:
-    """A copy of the weights and the step over them."""
+    """A copy of the weights, rounded or not, and the step over them."""
 
-    def __init__(self, model: MiniMoeForCausalLM) -> None:
+    def __init__(self, model: MiniMoeForCausalLM, weights: WeightsName = "exact") -> None:
+        table = ByteTable if weights == "int8" else ColumnTable
         self._model = model
-        self._layers = [PackedLayer(layer) for layer in model.model.layers]
+        self._layers = [PackedLayer(layer, table) for layer in model.model.layers]
         self._norm = PackedNorm(model.model.norm)
-        self._head = PackedLinear(model.lm_head.weight)
+        self._head = PackedLinear(table, model.lm_head.weight)
 
     @torch.inference_mode()
     def __call__(
@@ -105,6 +112,19 @@ class PackedModel:
             cache: earlier keys and values; updated in place.
             mask: (B, L + n), nonzero for what is not padding; None where nothing is.
         """
+        x = self._hidden(input_ids, position_ids, cache, mask)
+        return self._head(self._norm(x[:, -1]))
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """The logits (n, V) of all positions of one text."""
+        ids = torch.tensor([token_ids])
+        cache = PreallocatedCache(self._model.config, len(token_ids))
+        x = self._hidden(ids, torch.arange(len(token_ids))[None], cache, None)
+        return self._head(self._norm(x[0]))
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cache: PreallocatedCache, mask: Tensor | None) -> Tensor:
+        """As `__call__`, -> (B, n, D) before the last norm."""
         batch, num_tokens = input_ids.shape
         x = self._model.model.embed_tokens(input_ids)  # (B, n, D)
         cos_sin = self._model.model.rotary_emb(x.float(), position_ids)
@@ -112,21 +132,20 @@ class PackedModel:
         x = x.flatten(0, 1)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             x = layer(x, (batch, num_tokens), cos_sin, bias, layer_cache)
-        last = x.view(batch, num_tokens, -1)[:, -1]
-        return self._head(self._norm(last))
+        return x.view(batch, num_tokens, -1)
 
 
 class PackedLayer:
     """One decoder layer."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, table: type[ColumnTable]) -> None:
         assert isinstance(layer, MiniMoeDecoderLayer)
-        attention, self._mlp = layer.self_attn, _packed_feed_forward(layer.mlp)
+        attention, self._mlp = layer.self_attn, _packed_feed_forward(layer.mlp, table)
         config = attention.config
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._qkv = PackedLinear(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        self._output = PackedLinear(attention.o_proj.weight)
+        self._qkv = PackedLinear(table, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        self._output = PackedLinear(table, attention.o_proj.weight)
         self._qk_norm = PackedNorm(*[attention.q_norm] * self._heads, *[attention.k_norm] * self._kv_heads)
         self._input_norm = PackedNorm(layer.input_layernorm)
         self._post_norm = PackedNorm(layer.post_attention_layernorm)
@@ -167,10 +186,10 @@ class PackedLayer:
 class PackedLinear:
     """x -> x W^T on weights (out, in) that are stacked: packed for many rows, a column table for a single one."""
 
-    def __init__(self, *weights: Tensor) -> None:
+    def __init__(self, table: type[ColumnTable], *weights: Tensor) -> None:
         weight = torch.cat(weights).detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
-        self._table = ColumnTable(weight[None])
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(table.kept(weight), ROWS_HINT)
+        self._table = table(weight[None])
 
     def __call__(self, rows: Tensor) -> Tensor:
         if len(rows) == 1:
@@ -206,13 +225,57 @@ class ColumnTable:
         cuts = [(n, cls.LANES * math.ceil(outputs / (n * cls.LANES))) for n in range(least, 2 * least + 1, multiple)]
         return min(cuts, key=math.prod)
 
+    @staticmethod
+    def kept(matrices: Tensor) -> Tensor:
+        """The matrices that a table multiplies with when it is made of these."""
+        return matrices
+
     def __call__(self, x: Tensor, matrix_ids: Tensor | None = None) -> Tensor:
         """x (N, in), matrix_ids (N,) or None for the only matrix -> (N, out)."""
         rows = self._rows if matrix_ids is None else self._rows.index_select(0, matrix_ids)  # (N, P*in)
         weights = x.unsqueeze(1).expand(len(x), rows.shape[1] // self._inputs, self._inputs).reshape(-1)
         starts = torch.arange(0, rows.numel(), self._inputs, dtype=torch.int32)
-        sums = torch.embedding_bag(self._columns, rows.flatten(), starts, False, 0, False, weights, False)[0]
-        return sums.view(len(x), -1)[:, : self._outputs]
+        return self._sums(rows.flatten(), starts, weights).view(len(x), -1)[:, : self._outputs]
+
+    def _sums(self, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+        return torch.embedding_bag(self._columns, rows, starts, False, 0, False, weights, False)[0]
+
+
+class ByteTable(ColumnTable):
+    """A table of matrices rounded to 8 bits: W is about scale * Q, Q whole numbers from -127 to 127.
+
+    Every output has a scale of its own, by which its sum is multiplied at the end.
+    """
+
+    # Of the kernel's own format: a row ends with the scale and offset of its bytes, which have no sign.
+    ROW_END = torch.tensor([1.0, -128.0]).view(torch.uint8)
+
+    def __init__(self, matrices: Tensor) -> None:
+        whole, self._scales = self._rounded(matrices)  # (E, out, in), (E, out)
+        super().__init__(whole)
+        unsigned = (self._columns + 128).to(torch.uint8)
+        self._columns = torch.cat((unsigned, self.ROW_END.expand(len(unsigned), -1)), dim=1)
+
+    @classmethod
+    def kept(cls, matrices: Tensor) -> Tensor:
+        whole, scales = cls._rounded(matrices)
+        return (whole * scales.unsqueeze(-1)).to(matrices.dtype)
+
+    @staticmethod
+    def _rounded(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., out, in) -> whole numbers of that shape and their scales (..., out), both float32."""
+        matrices = matrices.float()
+        scales = matrices.abs().amax(dim=-1).clamp_min(1e-30) / 127  # a row of zeros stays one
+        return (matrices / scales.unsqueeze(-1)).round(), scales
+
+    def __call__(self, x: Tensor, matrix_ids: Tensor | None = None) -> Tensor:
+        scales = self._scales if matrix_ids is None else self._scales.index_select(0, matrix_ids)
+        return (super().__call__(x.float(), matrix_ids) * scales).to(x.dtype)
+
+    def _sums(self, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            self._columns, rows, starts, per_sample_weights=weights
+        )
 
 
 class PackedNorm:
@@ -235,8 +298,8 @@ class PackedNorm:
 class PackedSwiGLU:
     """down(silu(gate(x)) * up(x)) with gate and up in one product."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
-        self.gate_up, self.down = PackedLinear(gate_up), PackedLinear(down)
+    def __init__(self, table: type[ColumnTable], gate_up: Tensor, down: Tensor) -> None:
+        self.gate_up, self.down = PackedLinear(table, gate_up), PackedLinear(table, down)
 
     def __call__(self, rows: Tensor) -> Tensor:
         return self.down(gated(self.gate_up(rows)))
@@ -251,10 +314,10 @@ def gated(hidden: Tensor) -> Tensor:
 class PackedMoE:
     """The MoE block. The router is the model's own."""
 
-    def __init__(self, block: MoEFeedForward) -> None:
+    def __init__(self, block: MoEFeedForward, table: type[ColumnTable]) -> None:
         self._gate = block.gate
-        self._experts = PackedExperts(block.experts)
-        self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts)
+        self._experts = PackedExperts(block.experts, table)
+        self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts, table)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         routing = self._gate(tokens)
@@ -265,8 +328,8 @@ class PackedMoE:
 class PackedExperts:
     """All experts of a layer, in two layouts, each made when it is first needed."""
 
-    def __init__(self, experts: Experts) -> None:
-        self._source = experts
+    def __init__(self, experts: Experts, table: type[ColumnTable]) -> None:
+        self._source, self._table = experts, table
         self._num_experts = experts.down_proj.shape[0]
 
     def __call__(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -299,19 +362,19 @@ class PackedExperts:
     @cached_property
     def _tables(self) -> tuple[ColumnTable, ColumnTable]:
         source = self._source
-        return ColumnTable(source.gate_up_proj.detach()), ColumnTable(source.down_proj.detach())
+        return self._table(source.gate_up_proj.detach()), self._table(source.down_proj.detach())
 
     @cached_property
     def _packed(self) -> list[PackedSwiGLU]:
-        return [PackedSwiGLU(gate_up, down) for gate_up, down in self._source.unstacked()]
+        return [PackedSwiGLU(self._table, gate_up, down) for gate_up, down in self._source.unstacked()]
 
 
-def _packed_feed_forward(module: nn.Module) -> PackedMoE | PackedSwiGLU:
+def _packed_feed_forward(module: nn.Module, table: type[ColumnTable]) -> PackedMoE | PackedSwiGLU:
     if isinstance(module, MoEFeedForward):
-        return PackedMoE(module)
+        return PackedMoE(module, table)
     assert isinstance(module, SwiGLU)
     gate_up = torch.cat((module.gate_proj.weight, module.up_proj.weight))
-    return PackedSwiGLU(gate_up, module.down_proj.weight)
+    return PackedSwiGLU(table, gate_up, module.down_proj.weight)
 
 
 def _attention_bias(mask: Tensor | None, num_tokens: int, past: int, dtype: torch.dtype) -> Tensor | None:
