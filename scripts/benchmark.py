@@ -29,9 +29,9 @@ Rows = list[dict[str, Any]]
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MARKER = "<!-- figures: written by scripts/benchmark.py, do not edit below -->"
 TRAINERS = "minimoe,qwen3 eager,qwen3 grouped_mm,qwen3 grouped_mm compiled,qwen3 literal loop,dense".split(",")
-GENERATORS = ("minimoe", "qwen3 eager", "qwen3 grouped_mm")
+GENERATORS = ("minimoe", "minimoe int8", "qwen3 eager", "qwen3 grouped_mm")
 ROUTINGS = ((4, 1408, 2), (8, 768, 2), (16, 512, 4), (32, 256, 4), (64, 256, 4))  # experts, width, k
-SECTIONS = "train layer attention decode data".split()
+SECTIONS = "train layer attention decode rounding data".split()
 
 
 class Worker:
@@ -196,6 +196,17 @@ class Benchmark:
                 )
         return rows
 
+    def rounding(self) -> Rows:
+        """Bits per byte of held-out text with exact and with int8 weights."""
+        rows = []
+        for name in ("stories", "english", "code"):
+            text = f"{self.options.texts}/valid_{name}.jsonl"
+            worker = Worker("rounding", model_dir=str(self.options.trained), text=text)
+            figures = self.turns({"trained": worker}, rounds=1)["trained"][0]
+            bits = {weights: f"{value:.5f}" for weights, value in figures.items()}
+            rows.append({"text": name, **bits, "int8 loses": f"{figures['int8'] / figures['exact'] - 1:.3%}"})
+        return rows
+
     def data(self) -> Rows:
         """The loader, tokenisation, and the command line's start."""
         figures = self.turns({"data": Worker("data")}, rounds=1)["data"][0]
@@ -244,6 +255,9 @@ def main() -> None:
     parser.add_argument("--shape", help="one shape of the training section, default all")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], action="append", help="default both; may be repeated")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    trained = Path("runs/quickstart/pretrain/final")
+    parser.add_argument("--trained", type=Path, default=trained, help="model of the rounding section, skipped without")
+    parser.add_argument("--texts", type=Path, default=Path("data/quickstart"), help="folder of its held-out texts")
     parser.add_argument("--rounds", type=int, default=2, help="turns of every subject at least")
     parser.add_argument("--seconds", type=float, default=20, help="go on taking turns so long")
     parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
@@ -259,7 +273,7 @@ def main() -> None:
     ceilings = [{"ceiling": name, "G/s": value / 1e9, "on": machine} for name, value in benchmark.ceilings.items()]
     tables: dict[str, Rows] = {"Ceilings of the machine (operations, bytes)": ceilings}
     console.print(as_table(*next(iter(tables.items()))))
-    for section in options.only or SECTIONS:
+    for section in options.only or [name for name in SECTIONS if name != "rounding" or options.trained.exists()]:
         method = getattr(benchmark, section)
         title = method.__doc__.splitlines()[0] + (f" ({options.shape})" if section == "train" and options.shape else "")
         tables[title] = method()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -24,16 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from minimoe.config import DataConfig, GenerationSection, SourceConfig
+from minimoe.config import DataConfig, GenerationSection, SourceConfig, WeightsName
 from minimoe.data.loader import open_data
 from minimoe.generation.decode import DecodeBatch
+from minimoe.generation.engine import Engine
 from minimoe.generation.packed import PackedModel, why_not_packed
 from minimoe.model.attention import MiniMoeAttention, document_lengths
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
-from minimoe.tokenizer import train_bpe
+from minimoe.tokenizer import encode_text, train_bpe
 
 Run = Callable[[], dict[str, float]]
 
@@ -263,14 +265,15 @@ def ceilings(device: str) -> Run:
 
 def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
     """64 greedy tokens after 128-token prompts; the model reads all weights it uses for every token."""
-    model: Any = build_model(subject, shape).to(device).eval()
+    ours, weights = subject.startswith("minimoe"), "int8" if subject.endswith("int8") else "exact"
+    model: Any = build_model("minimoe" if ours else subject, shape).to(device).eval()
     ids = torch.randint(3, shape.vocabulary, (batch, 128), device=device)
     new_tokens = 64
     settings = GenerationSection(max_new_tokens=new_tokens, temperature=0, top_p=1, batch_size=batch)
-    packed = PackedModel(model) if subject == "minimoe" and not why_not_packed(model) else None  # as Engine does, once
+    packed = PackedModel(model, weights) if ours and not why_not_packed(model) else None  # as Engine does, once
 
     def complete(count: int) -> None:
-        if subject == "minimoe":
+        if ours:
             rows = DecodeBatch(model, ids.tolist(), count, settings, [torch.Generator()] * batch, None, packed)
             for _ in range(count):
                 rows.step()
@@ -282,8 +285,29 @@ def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
         seconds = timed(lambda: complete(new_tokens), device) - prefill
         rate = batch * (new_tokens - 1) / seconds
         # Of a batch's rows each reads its own experts at worst; the limit that counts is that of one row.
-        read = 4 * shape.active_matrix_parameters() * rate / batch
+        read = (1 if weights == "int8" else 4) * shape.active_matrix_parameters() * rate / batch
         return {"tokens_per_second": rate, "bytes_per_second": read, "prefill_tokens_per_second": ids.numel() / prefill}
+
+    return run
+
+
+def rounding(model_dir: str, text: str) -> Run:
+    """A trained model's bits per byte on held-out documents, with exact and with int8 weights."""
+    engine = Engine.from_pretrained(model_dir, "cpu", torch.float32)
+    documents = [json.loads(line)["text"] for line in Path(text).read_text().splitlines()]
+    encoded = [engine.encode("") + encode_text(engine.tokenizer, document) for document in documents]
+    encoded = [ids[: engine.context_length] for ids in encoded]
+    num_bytes = sum(len(engine.tokenizer.decode(ids[1:]).encode()) for ids in encoded)
+
+    def bits_per_byte(weights: WeightsName) -> float:
+        packed = PackedModel(engine.model, weights)
+        nats = sum(
+            float(F.cross_entropy(packed.logits(ids[:-1]), torch.tensor(ids[1:]), reduction="sum")) for ids in encoded
+        )
+        return nats / math.log(2) / num_bytes
+
+    def run() -> dict[str, float]:
+        return {"exact": bits_per_byte("exact"), "int8": bits_per_byte("int8")}
 
     return run
 
@@ -320,7 +344,7 @@ def data() -> Run:
 
 
 JOBS: dict[str, Callable[..., Run]] = {
-    job.__name__: job for job in (train_step, moe_layer, bare_products, attention, decode, data, ceilings)
+    job.__name__: job for job in (train_step, moe_layer, bare_products, attention, decode, rounding, data, ceilings)
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
