@@ -105,7 +105,9 @@ class Engine:
         """
         reason = why_not_compiled(self.model)
         if reason:
-            raise UserError(f"decoding cannot be compiled: {reason}", where="generation.compile", mend="use compile=false")
+            raise UserError(
+                f"decoding cannot be compiled: {reason}", where="generation.compile", mend="use compile=false"
+            )
         if self._compiled is None:
             self._compiled = CompiledModel(self.model)
         return self._compiled
