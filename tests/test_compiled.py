@@ -89,7 +89,7 @@ def test_an_interrupted_step_leaves_the_conversation_as_it_was(engine, graphs, m
 
 
 def test_where_it_cannot_be_compiled_an_error_says_why(engine):
-    with pytest.raises(UserError, match=r"the model is on cpu.*\n?.*compile=false"):
+    with pytest.raises(UserError, match="the model is on cpu"):
         engine.generate(["The cat"], COMPILED)
     assert "is not MiniMoeForCausalLM" in str(why_not_compiled(torch.nn.Linear(2, 2)))
     with torch.device("meta"):

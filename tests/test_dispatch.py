@@ -70,6 +70,16 @@ def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case
         assert relative_error(gradient, expected_gradients[parameter]) <= TOLERANCE[dtype], parameter
 
 
+@pytest.mark.parametrize("rows", [1, 10, 74])
+def test_rows_return_to_their_tokens_the_same_whatever_the_block(rows, monkeypatch):
+    monkeypatch.setattr("minimoe.model.dispatch._BLOCK_ROWS", rows)
+    expert_ids = route("spread", 37, 2)
+    output, gradients = run(DISPATCHES["replicated"], torch.float32, expert_ids)
+    expected, expected_gradients = run(by_hand, torch.float32, expert_ids)
+    for value, reference in zip([output, *gradients.values()], [expected, *expected_gradients.values()], strict=True):
+        assert relative_error(value, reference) <= TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("case", ["spread", "idle", "all_to_one"])
 @pytest.mark.parametrize("name", list(DISPATCHES))
 def test_what_a_gpu_dispatches_is_the_same_function(name, case, monkeypatch):

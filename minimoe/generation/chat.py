@@ -31,9 +31,9 @@ class Chat:
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._opening)
         self._cost_told = settings.weights == "exact"
-        # A model without a chat template, and int8 weights where there can be none, are refused here, not after the
-        # first message.
-        engine.packed(settings.weights)
+        # Settings that cannot be had, and a model without a chat template, are refused here, not after the first
+        # message.
+        engine.fast(settings)
         engine.encode([*self._opening, {"role": "user", "content": "?"}])
 
     def loop(self) -> None:

@@ -175,8 +175,12 @@ class Engine:
         """A conversation that keeps its cache between turns."""
         return Session(self)
 
-    def _fast(self, settings: GenerationSection) -> PackedModel | CompiledModel | None:
-        """The form of the model that the settings ask for; None decodes with its own forward."""
+    def fast(self, settings: GenerationSection) -> PackedModel | CompiledModel | None:
+        """The form of the model that the settings ask for; None decodes with its own forward.
+
+        Raises:
+            UserError: int8 weights or a compiled step, where there can be none.
+        """
         packed = self.packed(settings.weights)
         return self.compiled() if settings.compile else packed
 
@@ -201,7 +205,7 @@ class Engine:
             settings,
             [row.generator for row in rows],
             cache,
-            self._fast(settings),
+            self.fast(settings),
         )
         while True:
             for row, token_id in zip(live, batch.step(), strict=True):

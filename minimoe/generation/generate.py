@@ -35,7 +35,7 @@ def run(
     """Open the model and print a completion of every prompt."""
     engine = Engine.from_pretrained(model_dir, device)
     reason = why_not_packed(engine.model)
-    engine.packed(settings.weights)  # int8 is refused here, not after the prompt is printed
+    engine.fast(settings)  # refused here what cannot be had, not after the prompt is printed
     if reason:
         dim(f"no fast decoding: {reason}")
     completion: Completion | None
