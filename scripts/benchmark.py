@@ -120,8 +120,9 @@ class Benchmark:
         for shape_name, shape in self.shapes.items():
             for dtype in self.options.dtype:
                 common = {"shape": asdict(shape), "dtype": dtype, "device": self.options.device}
-                figures = self.turns({name: Worker("train_step", subject=name, **common) for name in TRAINERS})
-                for name in TRAINERS:
+                subjects = [*TRAINERS, *(["minimoe compiled"] if self.options.device == "cuda" else [])]
+                figures = self.turns({name: Worker("train_step", subject=name, **common) for name in subjects})
+                for name in subjects:
                     seconds = median(figures[name])
                     rows.append(
                         {
@@ -180,7 +181,8 @@ class Benchmark:
         rows = []
         for batch in (1, 8):
             common = {"shape": asdict(self.base), "batch": batch, "device": self.options.device}
-            workers = {name: Worker("decode", subject=name, **common) for name in GENERATORS}
+            subjects = [name for name in GENERATORS if self.options.device == "cpu" or name != "minimoe int8"]
+            workers = {name: Worker("decode", subject=name, **common) for name in subjects}
             figures = self.turns(workers | {"machine": Worker("ceilings", device=self.options.device)}, rounds=5)
             reading = median(figures.pop("machine"), "read")  # it changes with what else the machine does
             for name, values in figures.items():

@@ -27,9 +27,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimoe.config import DataConfig, GenerationSection, SourceConfig, WeightsName
 from minimoe.data.loader import open_data
+from minimoe.generation.compiled import CompiledModel
 from minimoe.generation.decode import DecodeBatch
 from minimoe.generation.engine import Engine
-from minimoe.generation.packed import PackedModel, why_not_packed
+from minimoe.generation.packed import PackedModel
 from minimoe.model.attention import MiniMoeAttention, document_lengths
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
@@ -266,15 +267,18 @@ def ceilings(device: str) -> Run:
 def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
     """64 greedy tokens after 128-token prompts; the model reads all weights it uses for every token."""
     ours, weights = subject.startswith("minimoe"), "int8" if subject.endswith("int8") else "exact"
-    model: Any = build_model("minimoe" if ours else subject, shape).to(device).eval()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model: Any = build_model("minimoe" if ours else subject, shape).to(device, dtype).eval()
     ids = torch.randint(3, shape.vocabulary, (batch, 128), device=device)
     new_tokens = 64
     settings = GenerationSection(max_new_tokens=new_tokens, temperature=0, top_p=1, batch_size=batch)
-    packed = PackedModel(model, weights) if ours and not why_not_packed(model) else None  # as Engine does, once
+    fast: PackedModel | CompiledModel | None = None  # made once, as Engine does
+    if ours:
+        fast = CompiledModel(model) if device == "cuda" else PackedModel(model, weights)
 
     def complete(count: int) -> None:
         if ours:
-            rows = DecodeBatch(model, ids.tolist(), count, settings, [torch.Generator()] * batch, None, packed)
+            rows = DecodeBatch(model, ids.tolist(), count, settings, [torch.Generator()] * batch, None, fast)
             for _ in range(count):
                 rows.step()
         else:
@@ -285,7 +289,7 @@ def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
         seconds = timed(lambda: complete(new_tokens), device) - prefill
         rate = batch * (new_tokens - 1) / seconds
         # Of a batch's rows each reads its own experts at worst; the limit that counts is that of one row.
-        read = (1 if weights == "int8" else 4) * shape.active_matrix_parameters() * rate / batch
+        read = (1 if weights == "int8" else dtype.itemsize) * shape.active_matrix_parameters() * rate / batch
         return {"tokens_per_second": rate, "bytes_per_second": read, "prefill_tokens_per_second": ids.numel() / prefill}
 
     return run
