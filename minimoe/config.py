@@ -231,7 +231,7 @@ class GenerationSection(Section):
     seed: Seed = Field(0, description="seed of the sampling")
     chat: bool = Field(False, description="wrap the prompt in the chat template")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
-    compile: bool = Field(False, description="torch.compile the step, on a GPU and in bf16")
+    compile: bool = Field(False, description="torch.compile the step, on a GPU; the weights are then bf16")
     weights: WeightsName = Field("exact", description="int8 rounds them to 8 bits: single prompts on a CPU get faster")
 
     @field_validator("temperature")

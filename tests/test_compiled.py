@@ -11,7 +11,7 @@ from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.compiled import why_not_compiled
 from minimoe.generation.engine import Engine
-from minimoe.model.experts import swiglu
+from minimoe.model.experts import Experts, swiglu
 
 PROMPTS = ["The cat", "Once upon a time there was a small boat", "What is 3 + 4?"]
 GREEDY = GenerationSection(temperature=0, max_new_tokens=12, batch_size=3)
@@ -42,8 +42,7 @@ def graphs(monkeypatch) -> CompileCounter:
     )
     monkeypatch.setattr("minimoe.generation.engine.why_not_compiled", lambda _: None)
     monkeypatch.setattr("minimoe.model.experts.grouped_mm_swiglu", every_expert_on_every_row)
-    for module in ("dispatch", "experts"):
-        monkeypatch.setattr(f"minimoe.model.{module}.groups_stay_on_device", lambda _: True)
+    monkeypatch.setattr(Experts, "stay_on_device", lambda *_: True)
     torch._dynamo.reset()
     return counter
 
@@ -52,6 +51,14 @@ def test_prompts_of_unlike_lengths_decode_as_without(engine, graphs):
     expected = [completion.text for completion in engine.generate(PROMPTS, GREEDY)]
     assert [completion.text for completion in engine.generate(PROMPTS, COMPILED)] == expected
     assert graphs.frame_count == 1  # for 11 steps
+
+
+def test_batches_share_graphs(engine, graphs):
+    prompts = ["", *PROMPTS, "A", "The dog and the cat and the boat and the bird", "Grüße aus", "Once", "The"]
+    pairs = [settings.model_copy(update={"batch_size": 2}) for settings in (GREEDY, COMPILED)]
+    expected, texts = ([completion.text for completion in engine.generate(prompts, each)] for each in pairs)
+    assert texts == expected
+    assert graphs.frame_count <= 3  # two rows with padding and without, and the last row alone
 
 
 def test_a_conversation_keeps_its_cache_and_its_graph(engine, graphs):
@@ -64,8 +71,8 @@ def test_a_conversation_keeps_its_cache_and_its_graph(engine, graphs):
 
 
 def test_a_cache_that_is_outrun_grows(engine, graphs):
-    settings = {"max_new_tokens": 300}
-    engine.context_length = 400
+    settings = {"max_new_tokens": 450}
+    engine.context_length = 500
     long = GREEDY.model_copy(update=settings), COMPILED.model_copy(update=settings)
     assert len({"".join(engine.stream("The cat", each)) for each in long}) == 1
     assert graphs.frame_count == 2

@@ -239,20 +239,20 @@ def test_a_session_survives_a_rewritten_past_and_an_interrupt(engine):
 
 def test_the_cache_writes_in_place_grows_and_crops():
     cache = PreallocatedCache(MiniMoeConfig(**SHAPE), capacity=4)
-    states = torch.randn(2, 2, 11, 8)
+    states = torch.randn(2, 2, 131, 8)
     layer = cache.layers[1]
     assert isinstance(layer, PreallocatedLayer)
     pointers = []
-    for start, end in ((0, 3), (3, 4), (4, 11)):
+    for start, end in ((0, 3), (3, 128), (128, 131)):
         keys, values = cache.update(states[:, :, start:end], -states[:, :, start:end], 1)
         assert torch.equal(keys, states[:, :, :end])
         assert torch.equal(values, -states[:, :, :end])
         pointers.append(keys.data_ptr())
     assert pointers[0] == pointers[1] != pointers[2]
     cache.crop(-5)
-    assert (layer.get_seq_length(), layer.get_mask_sizes(2)) == (6, (8, 0))
+    assert (layer.get_seq_length(), layer.get_mask_sizes(2)) == (126, (128, 0))
     cache.batch_select_indices(torch.tensor([1]))
-    assert torch.equal(cache.update(states[1:, :, 6:7], states[1:, :, 6:7], 1)[0], states[1:, :, :7])
+    assert torch.equal(cache.update(states[1:, :, 126:127], states[1:, :, 126:127], 1)[0], states[1:, :, :127])
 
 
 @pytest.mark.parametrize("nested", [False, True])

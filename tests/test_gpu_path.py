@@ -8,9 +8,10 @@ import contextlib
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import relative_error, tiny_config, tiny_model
+from transformers.cache_utils import StaticCache
 
-from minimoe.model import precision
+from minimoe.model import experts, precision
 from minimoe.model.attention import document_lengths
 from minimoe.model.decoder import MiniMoeForCausalLM
 
@@ -24,7 +25,8 @@ BATCHES = {
 @pytest.fixture
 def no_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(precision, "compute_dtype", lambda _, default: default)
+    for module in (precision, experts):
+        monkeypatch.setattr(module, "compute_dtype", lambda _, default: default)
 
 
 def step(model, names: tuple[str, ...]) -> None:
@@ -46,6 +48,14 @@ def make_model(no_autocast):
     return make
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype", "fits"), [(24, torch.bfloat16, True), (20, torch.bfloat16, False), (24, torch.float32, False)]
+)
+def test_what_does_not_fit_the_kernel_takes_the_loop(make_model, width, dtype, fits):
+    model = make_model(moe_intermediate_size=width)
+    assert model.model.layers[0].mlp.experts.stay_on_device(torch.empty(1, dtype=dtype, device="meta")) == fits
+
+
 def test_the_meta_device_notices_a_host_that_waits():
     with pytest.raises(NotImplementedError, match="Meta tensors"):
         document_lengths(torch.zeros(2, 16, device="meta"), None, (2, 16))
@@ -62,3 +72,16 @@ def test_the_host_never_waits_for_the_device(make_model, names, scoring_func, tr
 def test_the_whole_model_is_one_graph(make_model, training):
     model = make_model(num_hidden_layers=1, n_shared_experts=1).train(training)
     step(torch.compile(model, fullgraph=True, backend="eager"), BATCHES["padding"])
+
+
+def test_a_static_cache_of_transformers_is_longer_than_the_prompt():
+    model = tiny_model(attn_implementation="eager").eval()
+    ids, mask = torch.randint(3, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        logits = model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=24)).logits
+    assert relative_error(logits[1], expected[1]) < 1e-6
+    assert relative_error(logits[0, 4:], expected[0, 4:]) < 1e-6

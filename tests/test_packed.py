@@ -113,6 +113,16 @@ def test_bfloat16_logits_are_as_near_to_exact_ones_as_the_models_own(variant, ro
     assert packed < 1.25 * plain
 
 
+@pytest.mark.parametrize("threads", [1, 3, 64])
+def test_a_single_matrix_is_cut_for_the_threads_with_little_padding(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    matrix, x = torch.randn(1, 256, 7), torch.randn(1, 7)
+    table = ColumnTable(matrix)
+    assert table._columns.numel() <= 1.3 * matrix.numel()
+    assert len(table._columns) // 7 >= min(threads, 256 // ColumnTable.LANES)  # blocks
+    assert relative_error(table(x), x @ matrix[0].T) < 1e-6
+
+
 @pytest.mark.parametrize("outputs", [10, 448, 907])  # one block with padding, without, three
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_column_table_multiplies_each_vector_with_its_matrix(dtype, outputs):

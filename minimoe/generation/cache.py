@@ -9,6 +9,7 @@ Shapes: B batch, H key-value heads, L length used, C capacity, Dh head width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -81,11 +82,12 @@ class PreallocatedCache(DynamicCache):
 
     Args:
         config: the model's config; it tells the kind of every layer.
-        capacity: positions to allocate at first.
+        capacity: positions to allocate at first, at least.
     """
 
     def __init__(self, config: Any, capacity: int) -> None:
         super().__init__(config=config)
+        capacity = math.ceil(capacity / 128) * 128  # a compiled step is compiled anew for every capacity
         self.layers: list[Any] = [
             PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in self.layers
         ]

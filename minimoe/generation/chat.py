@@ -7,19 +7,20 @@ one message a line.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine, Message
-from minimoe.generation.generate import dim, int8_remark, speed
+from minimoe.generation.generate import dim, int8_remark, open_engine, speed
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
 def run(model_dir: str | Path, settings: GenerationSection, *, device: str = "auto", system: str | None = None) -> None:
     """Open the model and chat until `/exit` or the end of input."""
-    Chat(Engine.from_pretrained(model_dir, device), settings, system).loop()
+    Chat(open_engine(model_dir, settings, device), settings, system).loop()
 
 
 class Chat:
@@ -87,10 +88,11 @@ class Chat:
         if completion is None:  # stopped before anything was generated
             return
         dim(speed(completion) + interrupted)
-        if not self._cost_told:  # once: it feeds the whole text again
-            dim(int8_remark(self._engine, self._engine.encode(conversation), completion))
-            self._cost_told = True
         self.messages = [*conversation, {"role": "assistant", "content": completion.text}]
+        if not self._cost_told and not interrupted:  # once: it feeds the whole text again
+            with suppress(KeyboardInterrupt):
+                dim(int8_remark(self._engine, self._engine.encode(conversation), completion))
+            self._cost_told = True
 
     def _fit(self, conversation: list[Message]) -> list[Message]:
         """Drop the oldest turns until the prompt leaves room for an answer."""

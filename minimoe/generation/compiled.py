@@ -50,8 +50,8 @@ class CompiledModel:
             cache: earlier keys and values; updated in place.
             mask: (B, L + n), nonzero for what is not padding; None where nothing is.
         """
-        if input_ids.shape[1] > 1:
-            return self._forward(input_ids, position_ids, cache, mask)
+        if input_ids.shape[1] > 1 or not cache.is_initialized:  # a prompt, of one token too
+            return self._forward(input_ids, None if mask is None else position_ids, cache, mask)
         layers: list[PreallocatedLayer] = cache.layers
         for layer in layers:
             layer.reserve(1)
@@ -67,7 +67,7 @@ class CompiledModel:
             layer.length = self._length
         return logits
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, cache: Cache, mask: Tensor | None) -> Tensor:
+    def _forward(self, input_ids: Tensor, position_ids: Tensor | None, cache: Cache, mask: Tensor | None) -> Tensor:
         outputs = self._model(
             input_ids=input_ids,
             attention_mask=mask,

@@ -93,7 +93,8 @@ class DecodeBatch:
         return self._model(
             input_ids=self._next,
             attention_mask=mask,
-            position_ids=positions,
+            # Without padding they are the model's own, and it need not look for documents in them.
+            position_ids=None if mask is None else positions,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 
 from minimoe.config import GenerationSection
@@ -33,11 +34,7 @@ def run(
     device: str = "auto",
 ) -> None:
     """Open the model and print a completion of every prompt."""
-    engine = Engine.from_pretrained(model_dir, device)
-    reason = why_not_packed(engine.model)
-    engine.fast(settings)  # refused here what cannot be had, not after the prompt is printed
-    if reason:
-        dim(f"no fast decoding: {reason}")
+    engine = open_engine(model_dir, settings, device)
     completion: Completion | None
     if json_output:
         completion = _print_json(engine, prompts, settings)
@@ -47,6 +44,18 @@ def run(
         completion = _print_all(engine, prompts, settings)
     if settings.weights == "int8" and completion is not None:
         dim(int8_remark(engine, engine.encode(prompts[0], settings.chat), completion))
+
+
+def open_engine(model_dir: str | Path, settings: GenerationSection, device: str) -> Engine:
+    """Open the model for these settings.
+
+    Raises:
+        UserError: they ask for what cannot be had with this model here.
+    """
+    engine = Engine.from_pretrained(model_dir, device, torch.bfloat16 if settings.compile else None)
+    if engine.fast(settings) is None:
+        dim(f"no fast decoding: {why_not_packed(engine.model)}")
+    return engine
 
 
 def read_prompts(prompt: str | None, file: str | Path | None, stdin: TextIO | None) -> list[Prompt]:

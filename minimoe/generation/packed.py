@@ -211,7 +211,9 @@ class ColumnTable:
 
     def __init__(self, matrices: Tensor) -> None:
         count, self._outputs, self._inputs = matrices.shape
-        threads = torch.get_num_threads() if count == 1 else 1  # several matrices are for several vectors
+        threads = 1  # several matrices are for several vectors
+        if count == 1:
+            threads = min(torch.get_num_threads(), math.ceil(self._outputs / self.LANES))
         blocks, size = self._cut(self._outputs, threads)
         padded = F.pad(matrices, (0, 0, 0, blocks * size - self._outputs))
         columns = padded.view(count, blocks, size, self._inputs).transpose(2, 3)  # (E, P, in, size)

@@ -212,7 +212,8 @@ def _same_document(block_ids: Tensor) -> Any:
     """Mask function of transformers: a query sees a key of its own document only. block_ids is (B, S)."""
 
     def same(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return block_ids[batch_idx, q_idx] == block_ids[batch_idx, kv_idx]
+        # A static cache has more keys than the prompt has tokens; causality cuts those off.
+        return block_ids[batch_idx, q_idx] == block_ids[batch_idx, kv_idx.clamp(max=block_ids.shape[1] - 1)]
 
     return same
 
@@ -273,8 +274,8 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many positions only (0 = all), or of given positions.
             num_items_in_batch: learned tokens of the whole optimizer step. Losses are then this call's share of the
                 step's mean, so that adding up micro-batches gives exactly the mean over all tokens.
-            skip_logits: with labels, compute logits only where something is learned and return none: less time
-                and much less memory.
+            skip_logits: with labels, return no logits and hold a few rows of them at a time, on a CPU only of positions
+                that are learned: less time and much less memory.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits

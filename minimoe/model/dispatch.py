@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimoe.model.experts import Experts, groups_stay_on_device, swiglu
+from minimoe.model.experts import Experts, swiglu
 from minimoe.model.losses import expert_counts
 
 _BLOCK_ROWS = 1024  # measured with 512 numbers a row: 512 and 4096 are slower
@@ -59,16 +59,17 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
 def grouped(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
     """Inference path: every expert gathers the tokens that chose it and adds its weighted result in place.
 
-    Arguments and result as in `replicated`. Gradients flow here too.
+    Arguments and result as in `replicated`. Gradients flow here too. Where kernels read the groups' sizes on a GPU, it
+    is `replicated`: a loop over experts would make the host wait for them.
     """
+    if experts.stay_on_device(tokens):
+        return replicated(tokens, expert_ids, weights, experts)
     # dispatch: which tokens each expert computes, as slices of one sorted list
     order, ends = sort_by_expert(expert_ids, experts.down_proj.shape[0])
     token_ids = order // expert_ids.shape[1]
     slot_weights = weights.flatten()[order, None]  # (T*k, 1)
     # Summed in float32 (weights are float32), as `replicated` does; half precision would round k times.
     combined = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, weights.dtype), device=tokens.device)
-    if groups_stay_on_device(tokens):  # all groups in two kernels; the loop below would wait for their sizes
-        return combined.index_add_(0, token_ids, experts(tokens[token_ids], ends) * slot_weights).to(tokens.dtype)
     start = 0
     for (gate_up, down), end in zip(experts.unstacked(), ends.tolist(), strict=True):
         if start < end:
@@ -107,8 +108,8 @@ def replicate_rows(tokens: Tensor, order: Tensor, num_slots: int) -> Tensor:
 def combine_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Undo `order`, then `(slots.view(T, k, D) * weights[..., None]).sum(dim=1)`: (T*k, D) -> (T, D).
 
-    The sum is in float32 at least, the precision of `weights` (T, k). Neither the rows in slot order nor their
-    products with the weights are kept: backward gathers again.
+    The sum is in float32 at least, the precision of `weights` (T, k); backward multiplies in the dtype of `rows`, as
+    the experts' own products do. Neither the rows in slot order nor their products with the weights are kept.
     """
     return _Combine.apply(rows, order, weights)
 

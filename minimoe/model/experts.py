@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minimoe.model.precision import to_compute_dtype
+from minimoe.model.precision import compute_dtype, to_compute_dtype
 
 aten = torch.ops.aten
 
@@ -42,22 +42,23 @@ class Experts(nn.Module):
             (N, D) in the computing dtype (autocast's, if on).
         """
         (rows,) = to_compute_dtype(rows)
-        if groups_stay_on_device(rows):
+        if self.stay_on_device(rows):
             gate_up, down = to_compute_dtype(self.gate_up_proj, self.down_proj)
             return grouped_mm_swiglu(rows, gate_up, down, ends)
         return _GroupedSwiGLU.apply(rows, self.gate_up_proj, self.down_proj, ends.tolist())
 
+    def stay_on_device(self, rows: Tensor) -> bool:
+        """Whether kernels read the groups' sizes where they are, so that the host never waits for the device.
+
+        `F.grouped_mm` does in bf16, with rows and weights that are multiples of 16 bytes. The meta device computes
+        nothing and cannot be read from: what runs on it never waits.
+        """
+        in_bf16 = compute_dtype(rows.device, rows.dtype) == torch.bfloat16
+        return rows.device.type in ("cuda", "meta") and in_bf16 and all(n % 8 == 0 for n in self.down_proj.shape[1:])
+
     def unstacked(self) -> list[tuple[Tensor, Tensor]]:
         """(gate_up (2I, D), down (D, I)) of every expert; one `unbind` each, so gradients are stacked once."""
         return list(zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True))
-
-
-def groups_stay_on_device(rows: Tensor) -> bool:
-    """Whether kernels read the groups' sizes where they are, so that the host never waits for the device.
-
-    The meta device computes nothing and cannot be read from: what runs on it never waits.
-    """
-    return rows.device.type in ("cuda", "meta")
 
 
 def swiglu(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
