@@ -266,7 +266,8 @@ def ceilings(device: str) -> Run:
 
 def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
     """64 greedy tokens after 128-token prompts; the model reads all weights it uses for every token."""
-    ours, weights = subject.startswith("minimoe"), "int8" if subject.endswith("int8") else "exact"
+    ours = subject.startswith("minimoe")
+    weights: WeightsName = "int8" if subject.endswith("int8") else "exact"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: Any = build_model("minimoe" if ours else subject, shape).to(device, dtype).eval()
     ids = torch.randint(3, shape.vocabulary, (batch, 128), device=device)
