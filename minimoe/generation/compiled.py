@@ -44,12 +44,7 @@ class CompiledModel:
     def __call__(
         self, input_ids: Tensor, position_ids: Tensor, cache: PreallocatedCache, mask: Tensor | None = None
     ) -> Tensor:
-        """Feed tokens (B, n) at their positions (B, n) and return the logits (B, V) of the last of each row.
-
-        Args:
-            cache: earlier keys and values; updated in place.
-            mask: (B, L + n), nonzero for what is not padding; None where nothing is.
-        """
+        """Tokens (B, n) -> logits (B, V) of the last of each row; arguments as of `PackedModel.__call__`."""
         if input_ids.shape[1] > 1 or not cache.is_initialized:  # a prompt, of one token too
             return self._forward(input_ids, None if mask is None else position_ids, cache, mask)
         layers: list[PreallocatedLayer] = cache.layers
