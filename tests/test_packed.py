@@ -11,12 +11,13 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimoe import MiniMoeForCausalLM
-from minimoe.config import GenerationSection, WeightsName
+from minimoe.config import GenerationSection, OptimizerConfig, WeightsName
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
 from minimoe.generation.engine import Engine
 from minimoe.generation.packed import ByteTable, ColumnTable, PackedModel, why_not_packed
 from minimoe.model.experts import Experts
+from minimoe.train.optim import build_optimizers
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packing needs oneDNN")
 
@@ -215,6 +216,20 @@ def test_the_engine_decodes_on_the_packed_copy_and_notices_changed_weights(tiny_
         engine.model.lm_head.weight.neg_()
     assert engine.packed("int8") is not third
     torch.testing.assert_close(engine.packed("int8").logits([5, 6]), -third.logits([5, 6]))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_engine_notices_a_step_of_the_trainers_optimizers(name, tiny_tokenizer):
+    engine = Engine(make_model(vocab_size=448), tiny_tokenizer)
+    first = engine.packed()
+    optimizers = build_optimizers(engine.model, OptimizerConfig(name=name))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    engine.model(input_ids=ids, labels=ids).loss.backward()
+    for optimizer in optimizers:  # fused ones are not counted by torch as changes
+        optimizer.step()
+    assert engine.packed() is not first
+    expected = engine.model(input_ids=ids).logits[0]
+    torch.testing.assert_close(engine.packed().logits([5, 6, 7, 8]), expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 def _hooked(model: nn.Module) -> nn.Module:
