@@ -56,10 +56,11 @@ def _folder(value: str) -> str:
 
 
 def _own_folder(value: str) -> str:
-    folder = os.path.realpath(os.path.expanduser(value))
+    expanded = os.path.expanduser(value)
+    folder = os.path.realpath(expanded)
     if folder == os.path.dirname(folder):
         raise ValueError("must name a folder that a run can have for itself")
-    return value
+    return expanded
 
 
 def _plain_name(value: str) -> str:

@@ -28,6 +28,24 @@ def test_a_used_folder_needs_resume_or_overwrite(pretrain_config, monkeypatch, t
     assert run_command(monkeypatch, "pretrain", path, "--overwrite") == 0
 
 
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(pretrain_config, monkeypatch, tmp_path):
+    config = pretrain_config(max_steps=2)
+    path = write_yaml(tmp_path / "config.yaml", config)
+    assert run_command(monkeypatch, "pretrain", path) == 0
+    folder = Path(config.output_dir)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "status.json"}
+    assert run_command(monkeypatch, "pretrain", path, "--resume", "seed=7") == 2
+    assert run_command(monkeypatch, "pretrain", path, "--overwrite", "data.train=nowhere.txt") == 2
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_tilde_in_output_dir_is_the_home(pretrain_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = write_yaml(tmp_path / "config.yaml", pretrain_config(max_steps=1))
+    assert run_command(monkeypatch, "pretrain", path, "output_dir=~/runs/x") == 0
+    assert (tmp_path / "home" / "runs" / "x" / "final" / "config.json").exists()
+
+
 def test_a_second_run_in_the_same_folder_is_refused_and_names_the_first(pretrain_config):
     config = pretrain_config(max_steps=1)
     with (

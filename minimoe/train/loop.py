@@ -39,6 +39,7 @@ from minimoe.train.optim import build_optimizers, lr_at_step, set_lr
 from minimoe.train.plan import micro_rows, print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.resume import resume as resume_run
+from minimoe.train.run_folder import claim_folder
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
@@ -96,6 +97,9 @@ def fit(
         Engine(model, tokenizer).encode(prompt, chat=hasattr(config, "init_from"))
     checkpoints = folder / "checkpoints"
     total_steps = train.max_steps or math.ceil((train.epochs or 0) * data.train.rows_per_epoch / train.batch_size)
+    warmup_steps = config.schedule.warmup_steps
+    if warmup_steps > total_steps:
+        raise UserError(f"schedule.warmup_steps {warmup_steps} is more than the run's {total_steps} steps")
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
@@ -103,6 +107,8 @@ def fit(
     state = TrainerState(data_fingerprint=data.fingerprint, config=config.model_dump(mode="json"))
     if resume:
         state = resume_run(checkpoints, model, optimizers, accelerator, state)
+    if accelerator.is_main_process:
+        claim_folder(config, keep=resume)
     wrapped = accelerator.prepare(torch.compile(model) if train.compile else model)
 
     if accelerator.is_main_process:
@@ -237,7 +243,8 @@ def _validate(
     state.validation_due = True
     rows = micro_rows(train, accelerator)
     try:
-        result = evaluate_model(model, validation, rows, accelerator, lambda: stop.check(accelerator))
+        with accelerator.autocast():  # of a compiled model the accelerator wraps the outside, and this is the inside
+            result = evaluate_model(model, validation, rows, accelerator, lambda: stop.check(accelerator))
     except StopRequested:
         return
     state.validation_due = False
@@ -281,6 +288,7 @@ def _update_selection_bias(model: Any, counts: Tensor) -> None:
 
 def _expert_load(counts: Tensor) -> list[list[float]]:
     """Per layer, each expert's tokens over its fair share."""
+    counts = counts.cpu()  # where every machine has float64
     fair = counts.double().mean(dim=1, keepdim=True).clamp(min=1e-9)
     return [[round(share, 4) for share in layer] for layer in (counts / fair).tolist()]
 

@@ -24,7 +24,7 @@ from minimoe.train.guard import SKIPPED_FOLDER
 
 CONFIG_FILE, STATUS_FILE = "config.yaml", "status.json"
 _USED_BY = ("checkpoints", "final", "metrics.jsonl")  # what tells a run's folder
-_REST = (CONFIG_FILE, STATUS_FILE, SKIPPED_FOLDER, "wandb")
+_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb")  # the status is the new run's by then
 _LOCK = ".lock"
 
 
@@ -63,7 +63,7 @@ class RunStatus:
 
 @contextmanager
 def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: bool = True) -> Iterator[RunStatus]:
-    """Own `output_dir` while the run lasts, with the resolved config and the run's status in it.
+    """Own `output_dir` while the run lasts, with the run's status in it. What it holds stays until `claim_folder`.
 
     The lock is the operating system's and goes with the process, however that ends: kill -9 leaves nothing to clean.
 
@@ -92,7 +92,7 @@ def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: b
             f"output_dir {folder} cannot be written: {error.strerror or error}", mend="choose another output_dir"
         ) from None
     try:
-        _prepare(folder, config, resume, overwrite)
+        _refuse_used(folder, resume or overwrite)
         status = RunStatus(folder)
         try:
             yield status
@@ -105,17 +105,25 @@ def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: b
         lock.release()
 
 
-def _prepare(folder: Path, config: TrainingRun, resume: bool, overwrite: bool) -> None:
+def claim_folder(config: TrainingRun, *, keep: bool) -> None:
+    """Delete the run that `output_dir` holds unless it is to be kept, and write the resolved config.
+
+    Called when nothing but training is left to do: a run that is refused before has changed nothing.
+    """
+    folder = Path(config.output_dir)
+    if not keep:
+        for path in (folder / name for name in _OF_A_RUN):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+
+
+def _refuse_used(folder: Path, allowed: bool) -> None:
     used = [name for name in _USED_BY if (folder / name).exists()]
-    if used and not (resume or overwrite):
+    if used and not allowed:
         raise UserError(
             f"output_dir {folder} already holds a run ({', '.join(used)})",
             mend="--resume continues it from its newest checkpoint, --overwrite deletes it and starts again",
         )
-    if not resume:
-        for path in (folder / name for name in (*used, *_REST)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
 
 
 def _read_owner(folder: Path) -> str:

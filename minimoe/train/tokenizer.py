@@ -23,7 +23,7 @@ def run(config: TokenizerRun) -> Path:
     sample: list[str] = []
     counts = Counts()
     tokenizer = train_bpe(_training_texts(config, sample, counts), config.tokenizer.vocab_size)
-    folder = Path(config.output_dir).expanduser()
+    folder = Path(config.output_dir)
     try:
         tokenizer.save_pretrained(folder)
     except OSError as error:
