@@ -112,6 +112,17 @@ def test_a_spike_is_skipped_if_asked_told_otherwise_and_a_lasting_rise_is_accept
     watch.raise_if_lost(TRAIN, 1)  # spikes alone never end a run
 
 
+def test_skipped_spikes_do_not_count_as_non_finite_steps():
+    watch = settled_guard()
+    assert [watch.judge(9.0, 1.0, TRAIN).skipped for _ in range(2)] == [True, True]
+    for _ in range(TRAIN.max_skipped_steps):
+        assert watch.judge(math.nan, 1.0, TRAIN) == ("non-finite", True)
+        watch.raise_if_lost(TRAIN, 1)
+    watch.judge(math.nan, 1.0, TRAIN)
+    with pytest.raises(NonFiniteError, match="for 3 steps in a row"):
+        watch.raise_if_lost(TRAIN, 1)
+
+
 def test_ordinary_noise_and_a_falling_loss_are_no_spikes():
     generator = torch.Generator().manual_seed(0)
     watch = StepGuard()

@@ -40,34 +40,37 @@ class StepGuard:
     loss_mean: float = 0.0
     loss_variance: float = 0.0
     losses_seen: int = 0
-    skipped_in_a_row: int = 0
+    non_finite_in_a_row: int = 0
+    spikes_skipped_in_a_row: int = 0
     idle_steps: list[list[int]] = field(default_factory=list)  # (L, E): steps in a row without work
 
     def judge(self, loss: float, grad_norm: float, train: TrainConfig) -> Verdict:
         """Whether to take a step with these numbers; they are the same on every rank, and so is the verdict."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.skipped_in_a_row += 1
+            self.non_finite_in_a_row += 1
             return Verdict("non-finite", skipped=True)
+        self.non_finite_in_a_row = 0
         limit = self.loss_mean + SPIKE_DEVIATIONS * math.sqrt(self.loss_variance)
         spike = self.losses_seen >= SPIKE_WARMUP and loss > limit
         # A loss that stays high is a new level after some steps, and no spike.
-        if spike and train.on_loss_spike == "skip" and self.skipped_in_a_row < train.max_skipped_steps:
-            self.skipped_in_a_row += 1
+        if spike and train.on_loss_spike == "skip" and self.spikes_skipped_in_a_row < train.max_skipped_steps:
+            self.spikes_skipped_in_a_row += 1
             return Verdict("spike", skipped=True)
-        self.skipped_in_a_row = 0
+        self.spikes_skipped_in_a_row = 0
         self._remember(loss)
         return Verdict("spike" if spike else None, skipped=False)
 
     def raise_if_lost(self, train: TrainConfig, step: int) -> None:
-        """End the run when too many steps in a row had to be left out."""
-        if self.skipped_in_a_row > train.max_skipped_steps:
+        """End the run when too many steps in a row had no usable numbers."""
+        if self.non_finite_in_a_row > train.max_skipped_steps:
             raise NonFiniteError(
-                f"loss or gradient NaN or infinite for {self.skipped_in_a_row} steps in a row, up to step {step}",
+                f"loss or gradient NaN or infinite for {self.non_finite_in_a_row} steps in a row, up to step {step}",
                 mend="lower optimizer.lr or lengthen schedule.warmup_steps; --resume goes back to the last good save",
             )
 
     def collapsed(self, expert_counts: Tensor) -> list[tuple[int, int]]:
         """(layer, expert) of those now idle for `COLLAPSED_STEPS` steps; counts of a step's tokens are (L, E)."""
+        expert_counts = expert_counts.cpu()  # where every machine has float64
         fair = expert_counts.double().mean(dim=1, keepdim=True)
         idle = (expert_counts < COLLAPSED_SHARE * fair).tolist()
         before = self.idle_steps or [[0] * len(layer) for layer in idle]
