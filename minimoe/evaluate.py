@@ -61,21 +61,20 @@ def evaluate_model(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+    nats, tokens = 0.0, 0
     try:
         for index, batch in enumerate(validation.batches(batch_size)):
             failpoint("evaluate.batch")
             poll()
             if index % world == rank:
-                batch = batch.to(device)
-                outputs = model(**batch.model_inputs(), skip_logits=True, use_cache=False)
-                num_tokens = (batch.labels[:, 1:] != IGNORE_INDEX).sum()
-                totals += torch.stack((outputs.lm_loss.double() * num_tokens, num_tokens.double()))
+                num_tokens = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+                outputs = model(**batch.to(device).model_inputs(), skip_logits=True, use_cache=False)
+                nats += outputs.lm_loss.item() * num_tokens
+                tokens += num_tokens
     finally:
         model.train(was_training)
     if world > 1:
-        totals = accelerator.reduce(totals)
-    nats, tokens = totals.tolist()
+        nats, tokens = accelerator.reduce(torch.tensor((nats, tokens), dtype=torch.float64, device=device)).tolist()
     return Evaluation(nats / max(tokens, 1), int(tokens), validation.num_bytes)
 
 
@@ -97,8 +96,11 @@ def evaluate_source(
     from minimoe.config import DataConfig, SourceConfig
     from minimoe.data.loader import open_validation
     from minimoe.loading import load_model
+    from minimoe.model.decoder import MiniMoeForCausalLM
 
     model, tokenizer = load_model(model_dir, device=device, dtype=torch.float32)
+    if not isinstance(model, MiniMoeForCausalLM):
+        raise UserError(f"a {model.config.model_type} model; evaluate scores minimoe models", where=model_dir)
     limit = getattr(model.config, "max_position_embeddings", None)
     if sequence_length and limit and sequence_length > limit:
         raise UserError(

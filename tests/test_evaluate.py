@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from minimoe.data.loader import open_validation
+from minimoe.errors import UserError
 from minimoe.evaluate import Evaluation, evaluate_model, evaluate_source, run
 from minimoe.tokenizer import document_ids
 
@@ -63,6 +65,14 @@ def test_answers_only_counts_what_the_assistant_says(folder, write_jsonl, monkey
     whole = evaluate_source(str(folder[0]), str(path), device="cpu")
     assert answers.num_bytes == len("On the mat.")
     assert answers.num_tokens < whole.num_tokens
+
+
+def test_another_kind_of_model_is_refused(tmp_path, tiny_tokenizer, write_jsonl):
+    sizes = {"vocab_size": 448, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="a qwen3 model"):
+        evaluate_source(str(tmp_path / "other"), str(write_jsonl([{"text": "Hi."}])), device="cpu")
 
 
 def test_a_hopeless_model_has_an_infinite_perplexity_and_not_an_overflow():

@@ -14,9 +14,10 @@ import torch
 from tiny import relative_error, tiny_config
 from tiny_runs import STORIES, rows, run_command, training_rows, write_yaml
 
+from minimoe.evaluate import evaluate_model
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
-from minimoe.train import pretrain, sft
+from minimoe.train import loop, pretrain, sft
 from minimoe.train.loop import _update_selection_bias
 
 
@@ -89,6 +90,26 @@ def test_gradients_with_accumulation_equal_those_of_the_whole_batch_with_uneven_
         gradients.append([p.grad.clone() for p in model.parameters()])
     for whole, accumulated in zip(*gradients, strict=True):
         assert relative_error(accumulated, whole) < 1e-5
+
+
+def test_validation_runs_in_the_precision_of_training(pretrain_config, monkeypatch):
+    precisions = []
+
+    def evaluate(*arguments):
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return evaluate_model(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate_model", evaluate)
+    for precision in ("bf16", "fp32"):
+        pretrain.run(pretrain_config(precision, max_steps=1, precision=precision))
+    assert precisions == [True, False]
+
+
+def test_one_expert_per_token_with_a_weight_that_is_always_1_is_warned_of(pretrain_config, capsys):
+    pretrain.run(pretrain_config("fine", max_steps=1, model={"num_experts_per_tok": 1, "norm_topk_prob": False}))
+    assert "norm_topk_prob" not in capsys.readouterr().out
+    pretrain.run(pretrain_config("warned", max_steps=1, model={"num_experts_per_tok": 1}))
+    assert "model.norm_topk_prob makes the weight of one expert per token always 1" in capsys.readouterr().out
 
 
 def test_accumulating_runs_follow_the_same_curve(pretrain_config):
