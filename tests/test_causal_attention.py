@@ -95,17 +95,27 @@ def test_a_hook_on_a_projection_counts_in_training_attention_too(monkeypatch):
     assert relative_error(*outputs) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_module_that_stands_in_for_a_norm_counts_in_training_too(bf16):
-    class Doubled(MiniMoeRMSNorm):  # as an adapter would
-        def forward(self, x):
-            return 2 * super().forward(x)
+class Doubled(MiniMoeRMSNorm):
+    """Stands in for a norm, as an adapter would."""
 
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked_norm(*sizes):
+    norm = MiniMoeRMSNorm(*sizes)
+    norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return norm
+
+
+@pytest.mark.parametrize("make_norm", [Doubled, hooked_norm])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_norm_that_is_more_than_a_norm_counts_in_training_too(bf16, make_norm):
     torch.manual_seed(0)
     block = MiniMoeAttention(tiny_config(attn_implementation="sdpa"), 0).train()
     x = torch.randn(1, 160, 32)
     positions = MiniMoeRotaryEmbedding(block.config)(x, torch.arange(160)[None])
-    block.q_norm = Doubled(block.head_dim, block.q_norm.eps)
+    block.q_norm = make_norm(block.head_dim, block.q_norm.eps)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         trained = block(x, positions)[0]
         with torch.no_grad():

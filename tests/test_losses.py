@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import relative_error
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from minimoe.model.losses import (
@@ -114,6 +116,13 @@ def test_the_fused_loss_equals_the_plain_one_in_value_and_gradients(dtype, toler
     for actual, expected in zip(*results, strict=True):
         assert actual.dtype == expected.dtype
         assert relative_error(actual, expected) < tolerance
+
+
+def test_the_fused_loss_computes_no_gradients_where_none_are_wanted():
+    hidden, weight, targets = torch.randn(6, 8), nn.Parameter(torch.randn(16, 8)), torch.arange(6)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        fused_next_token_loss(hidden, weight, targets)
+    assert flops.get_total_flops() == 2 * 6 * 8 * 16
 
 
 def test_the_fused_loss_is_finite_for_a_target_that_is_all_but_impossible():

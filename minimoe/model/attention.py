@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minimoe.model.causal_attention import causal_attention
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.norm import MiniMoeRMSNorm
+from minimoe.model.norm import MiniMoeRMSNorm, is_plain_norm
 from minimoe.model.rotary import norm_and_rotate
 
 DocumentLengths = list[int]  # lengths of consecutive documents of a stream of B*S tokens; they sum to B*S
@@ -107,7 +107,8 @@ class MiniMoeAttention(nn.Module):
             and x.device.type == "cpu"
             and x.shape[0] * x.shape[1] >= 128 * documents
             and torch.is_grad_enabled()
-            and type(self.q_norm) is type(self.k_norm) is MiniMoeRMSNorm  # no adapter stands in for one
+            and is_plain_norm(self.q_norm)
+            and is_plain_norm(self.k_norm)
             and self.config._attn_implementation == "sdpa"
             and attention_mask is None
             and past_key_values is None

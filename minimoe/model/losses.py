@@ -53,6 +53,8 @@ def fused_next_token_loss(
     """
     if num_targets is None:
         num_targets = (targets != IGNORE_INDEX).sum()
+    if not torch.is_grad_enabled():  # which the function cannot see: to it, a parameter always needs a gradient
+        hidden, weight = hidden.detach(), weight.detach()
     total = _LinearCrossEntropy.apply(*to_compute_dtype(hidden, weight), targets)
     return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1)
 

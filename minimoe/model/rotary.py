@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.norm import MiniMoeRMSNorm, unit_rms
+from minimoe.model.norm import MiniMoeRMSNorm, is_plain_norm, unit_rms
 
 
 class MiniMoeRotaryEmbedding(nn.Module):
@@ -51,8 +51,9 @@ class MiniMoeRotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids (B, S) -> cos, sin (B, S, d) in float32; x only tells the device."""
         angles = position_ids[..., None].float() * self.inv_freq.float()  # (B, S, d/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+        halves = (part * self.attention_scaling for part in (angles.cos(), angles.sin()))
+        cos, sin = (torch.cat((half, half), dim=-1).to(x.dtype) for half in halves)
+        return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,10 +69,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm_and_rotate(x: Tensor, norm: MiniMoeRMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
     """`rotate(norm(x.float()), cos, sin)`: (..., heads, d) -> the same in float32, to be rounded once after both.
 
-    For training on a CPU it is one function, which keeps nothing but its input. A module that stands in for the norm,
-    such as an adapter, is called as it is.
+    For training on a CPU it is one function, which keeps nothing but its input. A norm with hooks and a module that
+    stands in for one, such as an adapter, are called as they are.
     """
-    if x.device.type == "cpu" and torch.is_grad_enabled() and type(norm) is MiniMoeRMSNorm:
+    if x.device.type == "cpu" and torch.is_grad_enabled() and is_plain_norm(norm):
         return _NormAndRotate.apply(x, norm.weight, norm.eps, cos, sin)
     return rotate(norm(x.float()), cos, sin)
 
