@@ -12,6 +12,7 @@ from minimoe import MiniMoeConfig, MiniMoeForCausalLM
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.chat import Chat
+from minimoe.generation.decode import DecodeBatch
 from minimoe.generation.engine import Engine
 
 SETTINGS = GenerationSection(temperature=0, max_new_tokens=6)
@@ -119,6 +120,20 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_was_said(engine, monkeypat
     chat.answer("Go on")
     continued = engine.generate([chat.messages[:3]], SETTINGS)[0].text
     assert chat.messages[3]["content"] == continued
+
+
+def test_an_interrupt_before_the_first_token_leaves_no_turn(engine, monkeypatch):
+    chat = Chat(engine, SETTINGS)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeBatch, "step", interrupt)
+        chat.answer("Hello")
+    assert chat.messages == []
+    chat.answer("Hello")
+    assert chat.messages[1]["content"] == engine.generate([chat.messages[:1]], SETTINGS)[0].text
 
 
 def test_a_tokenizer_without_chat_template_is_refused_at_once(engine, tiny_tokenizer, monkeypatch):

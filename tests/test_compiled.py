@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model
 from torch._dynamo.testing import CompileCounter
 
+from minimoe import MiniMoeForCausalLM
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.generation.compiled import why_not_compiled
@@ -93,6 +94,14 @@ def test_an_interrupted_step_leaves_the_conversation_as_it_was(engine, graphs, m
         "".join(session.stream("The dog", COMPILED))
     monkeypatch.setattr(compiled, "_step", step)
     assert "".join(session.stream("The dog", COMPILED)) == "".join(engine.stream("The dog", GREEDY))
+
+
+def test_widths_that_no_grouped_product_takes_are_refused(monkeypatch):
+    monkeypatch.setattr(MiniMoeForCausalLM, "device", torch.device("cuda"))
+    assert why_not_compiled(tiny_model(moe_intermediate_size=24).bfloat16()) is None
+    assert "moe_intermediate_size 20 are not both multiples of 8" in str(
+        why_not_compiled(tiny_model(moe_intermediate_size=20).bfloat16())
+    )
 
 
 def test_where_it_cannot_be_compiled_an_error_says_why(engine):

@@ -85,7 +85,7 @@ class Chat:
             pieces.close()
         print(flush=True)
         completion = self._session.completion
-        if completion is None:  # stopped before anything was generated
+        if completion is None or not completion.token_ids:  # stopped before anything was generated
             return
         dim(speed(completion) + interrupted)
         self.messages = [*conversation, {"role": "assistant", "content": completion.text}]

@@ -28,6 +28,9 @@ def why_not_compiled(model: Any) -> str | None:
         return f"the model is on {model.device.type}, and a graph of kernels saves time on a GPU only"
     if model.dtype != torch.bfloat16:  # for others the host reads the groups' sizes, which a graph cannot hold
         return f"its weights are {model.dtype}, not {torch.bfloat16}"
+    widths = (model.config.hidden_size, model.config.moe_intermediate_size)
+    if any(width % 8 for width in widths):  # neither can the kernels that leave the sizes on the device
+        return f"hidden_size {widths[0]} and moe_intermediate_size {widths[1]} are not both multiples of 8"
     return None
 
 
