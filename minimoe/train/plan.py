@@ -58,6 +58,11 @@ def print_plan(
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
+    if architecture.num_experts_per_tok == 1 and architecture.norm_topk_prob:
+        rows["warning"] = (
+            "model.norm_topk_prob makes the weight of one expert per token always 1: "
+            "the router learns from the balance loss alone; set it to false"
+        )
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", value)
     console = Console()
@@ -93,18 +98,24 @@ def _estimate_step_seconds(
         with accelerator.autocast():
             model(**micro.model_inputs(), skip_logits=True, use_cache=False).loss.backward()
         model.zero_grad()
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        _finish(accelerator)
         times.append(time.perf_counter() - start)
     start = time.perf_counter()
     for optimizer in optimizers:
         if isinstance(optimizer, Muon):
             for parameter in optimizer.param_groups[0]["params"]:
                 newton_schulz(parameter.detach() if parameter.ndim == 3 else parameter.detach()[None])
+    _finish(accelerator)
     orthogonalisation = time.perf_counter() - start
     checkpoint.set_rng(rng)
     micros = math.ceil(train.batch_size / rows / accelerator.num_processes)
     return times[-1] * micros + orthogonalisation
+
+
+def _finish(accelerator: Accelerator) -> None:
+    """Wait until a GPU has done what it was given."""
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _precision(train: TrainConfig, accelerator: Accelerator) -> str:
