@@ -107,6 +107,8 @@ class Benchmark:
 
         self.options = options
         shapes = {**SHAPES, **(GPU_SHAPES if options.device == "cuda" else {})}
+        if options.shape not in (None, *shapes):
+            raise SystemExit(f"--shape {options.shape}: there are {', '.join(shapes)}")
         self.shapes = {name: shape for name, shape in shapes.items() if options.shape in (None, name)}
         self.base = SHAPES["few"]
         self.ceilings = self.turns({"machine": Worker("ceilings", device=options.device)}, rounds=1)["machine"][0]
@@ -260,7 +262,7 @@ def main() -> None:
     trained = Path("runs/quickstart/pretrain/final")
     parser.add_argument("--trained", type=Path, default=trained, help="model of the rounding section, skipped without")
     parser.add_argument("--texts", type=Path, default=Path("data/quickstart"), help="folder of its held-out texts")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of every subject at least")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every subject at least")
     parser.add_argument("--seconds", type=float, default=20, help="go on taking turns so long")
     parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"))

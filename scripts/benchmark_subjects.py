@@ -156,7 +156,7 @@ def build_model(subject: str, shape: Shape) -> Any:
 
 def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     """A whole optimizer step: forward, balance loss, backward, clipping, AdamW."""
-    before = resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS") if device == "cpu" else 0.0
     model = build_model(subject, shape).to(device).train()
     called = torch.compile(model) if subject.endswith("compiled") else model
     options = {} if subject.startswith("qwen3") else {"skip_logits": True}
@@ -276,6 +276,9 @@ def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
     fast: PackedModel | CompiledModel | None = None  # made once, as Engine does
     if ours:
         fast = CompiledModel(model) if device == "cuda" else PackedModel(model, weights)
+    else:
+        model.config.output_router_logits = False  # of use in training only
+    static = {"cache_implementation": "static"} if device == "cuda" else {}  # transformers then compiles the step
 
     def complete(count: int) -> None:
         if ours:
@@ -283,7 +286,7 @@ def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
             for _ in range(count):
                 rows.step()
         else:
-            model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+            model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0, **static)
 
     def run() -> dict[str, float]:
         prefill = timed(lambda: complete(1), device)
