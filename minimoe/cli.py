@@ -41,7 +41,7 @@ Settings = Annotated[
     typer.Argument(
         metavar="KEY=VALUE",
         help="decoding settings, as top_k=5 or --top-k 5: max_new_tokens, temperature, top_k, top_p, min_p, "
-        "repetition_penalty, stop, seed, batch_size",
+        "repetition_penalty, stop, seed, batch_size, weights (exact or int8), compile (on a GPU)",
     ),
 ]
 # The disk's and the system's limits, not ours; any other OSError that gets this far is a bug.

@@ -82,7 +82,7 @@ class Muon(Optimizer):
     Args:
         named_parameters: 2-D matrices, or 3-D stacks of matrices. A name that ends in `gate_up_proj` is split
             in two along its rows first.
-        lr: step size; the update's RMS is about lr * sqrt(max(1, rows / columns) / columns).
+        lr: step size; the update's RMS is about lr / sqrt(columns).
     """
 
     def __init__(
