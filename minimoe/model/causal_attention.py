@@ -19,6 +19,7 @@ C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -58,42 +59,48 @@ def causal_attention(
     Returns:
         (T, H * d).
     """
-    lengths = torch.tensor(documents or [sequence] * (qkv.shape[0] // sequence))
-    starts = lengths.cumsum(0) - lengths
-    first_keys = (starts % sequence).repeat_interleave(lengths).view(-1, sequence)  # (rows, n)
-    return _CausalAttention.apply(qkv, gains, kv_heads, eps, cos, sin, first_keys)
+    lengths = tuple(documents or [sequence] * (qkv.shape[0] // sequence))
+    parts = _parts(lengths, sequence, gains.shape[0] // kv_heads - 1, qkv.dtype)
+    return _CausalAttention.apply(qkv, gains, kv_heads, eps, cos, sin, sequence, parts)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, first_keys: Tensor
+        ctx: Any,
+        qkv: Tensor,
+        gains: Tensor,
+        kv_heads: int,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        length: int,
+        parts: list[_Part],
     ) -> Tensor:
-        heads, length = gains.shape[0] - kv_heads, first_keys.shape[1]
-        out = qkv.new_empty(qkv.shape[0], heads * gains.shape[1])
-        for rows, first in _together(first_keys):
+        out = qkv.new_empty(qkv.shape[0], (gains.shape[0] - kv_heads) * gains.shape[1])
+        for rows, blocks in parts:
             heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
             attended = torch.empty_like(heads_in.q)
-            for block in _blocks(first, heads // kv_heads, qkv.dtype):
+            for block in blocks:
                 probabilities = _probabilities(heads_in, block)
                 torch.bmm(probabilities, heads_in.v[:, block.keys], out=attended[:, block.queries])
             out[rows] = _ungroup(attended, kv_heads, length).flatten(1)
-        ctx.save_for_backward(qkv, gains, cos, sin, first_keys)
-        ctx.kv_heads, ctx.eps = kv_heads, eps
+        ctx.save_for_backward(qkv, gains, cos, sin)
+        ctx.kv_heads, ctx.eps, ctx.length, ctx.parts = kv_heads, eps, length, parts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, gains, cos, sin, first_keys = ctx.saved_tensors
-        kv_heads, (all_heads, head_dim), length = ctx.kv_heads, gains.shape, first_keys.shape[1]
+        qkv, gains, cos, sin = ctx.saved_tensors
+        kv_heads, (all_heads, head_dim), length = ctx.kv_heads, gains.shape, ctx.length
         grad_qkv, grad_gains = torch.empty_like(qkv), torch.zeros_like(gains)
-        for rows, first in _together(first_keys):
+        for rows, blocks in ctx.parts:
             heads_in = _prepare(qkv[rows], gains, kv_heads, ctx.eps, cos[rows], sin[rows], length)
             grad = _group(grad_out[rows].unflatten(1, (-1, head_dim)), kv_heads, length)  # (C*K, n*R, d)
             grad_q = torch.empty_like(heads_in.q)
             grad_k, grad_v = (heads_in.k.new_zeros(heads_in.k.shape, dtype=gains.dtype) for _ in range(2))
-            for block in _blocks(first, (all_heads - kv_heads) // kv_heads, qkv.dtype):
+            for block in blocks:
                 k, v, grad_block = heads_in.k[:, block.keys], heads_in.v[:, block.keys], grad[:, block.queries]
                 probabilities = _probabilities(heads_in, block)
                 grad_v[:, block.keys] += torch.bmm(probabilities.mT, grad_block)
@@ -110,7 +117,7 @@ class _CausalAttention(torch.autograd.Function):
             grad_heads[:, :all_heads] = grad_x
             grad_heads[:, all_heads:] = _ungroup(grad_v, kv_heads, length)
             grad_gains += grad_gain
-        return grad_qkv, grad_gains, None, None, None, None, None
+        return grad_qkv, grad_gains, *[None] * 6
 
 
 class _Heads(NamedTuple):
@@ -147,21 +154,32 @@ def _ungroup(x: Tensor, kv_heads: int, length: int) -> Tensor:
     return split.transpose(1, 2).reshape(split.shape[0] * length, -1, x.shape[2])
 
 
-def _together(first_keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens, their part of `first_keys` (C, n)) of the C rows computed together."""
-    length = first_keys.shape[1]
-    start = 0
-    for first in first_keys.split(max(_TOGETHER // length, 1)):
-        yield slice(start, start + first.numel()), first
-        start += first.numel()
-
-
 class _Block(NamedTuple):
     """A block of queries and what it sees."""
 
     queries: slice  # of n*R
     keys: slice  # of n
     mask: Tensor  # (1, size, size) or (C, size, m): what to add to the scores of the last keys
+
+
+class _Part(NamedTuple):
+    """Rows that are computed together."""
+
+    tokens: slice  # of T
+    blocks: list[_Block]
+
+
+@lru_cache(maxsize=1)  # all layers of a forward pass, and their backward, see the same documents
+def _parts(documents: tuple[int, ...], length: int, group: int, dtype: torch.dtype) -> list[_Part]:
+    """What each part of the batch sees, for rows of n tokens and R query heads a key head."""
+    lengths = torch.tensor(documents)
+    starts = lengths.cumsum(0) - lengths
+    first_keys = (starts % length).repeat_interleave(lengths).view(-1, length)  # (rows, n)
+    parts, start = [], 0
+    for first in first_keys.split(max(_TOGETHER // length, 1)):
+        parts.append(_Part(slice(start, start + first.numel()), list(_blocks(first, group, dtype))))
+        start += first.numel()
+    return parts
 
 
 def _blocks(first: Tensor, group: int, dtype: torch.dtype) -> Iterator[_Block]:
