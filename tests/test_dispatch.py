@@ -7,7 +7,7 @@ import torch
 from tiny import relative_error, tiny_config
 
 from minimoe.model.dispatch import DISPATCHES, sort_by_expert
-from minimoe.model.experts import Experts, grouped_mm_swiglu, swiglu
+from minimoe.model.experts import Experts, grouped_mm_swiglu, groups_of_rows, swiglu
 from minimoe.model.moe import MoEFeedForward
 
 # Norm-relative. float32: sums of ~50 products, each rounded to 6e-8. float64 the same with 1e-16.
@@ -139,7 +139,17 @@ def test_an_idle_expert_gets_a_gradient_of_zeros_so_that_data_parallel_training_
     assert gradients["gate_up_proj"][0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("sizes", [[6, 0, 300, 1, 64], [0, 33, 0, 31, 0], [1, 1, 1, 1, 1]], ids=str)
+def test_bf16_computes_few_different_numbers_of_rows_and_float32_its_own():
+    sizes = range(1, 2049)
+    groups = [groups_of_rows([size], torch.bfloat16) for size in sizes]
+    stops = [group.rows.stop for (group,), _ in groups]
+    assert all(size <= stop < 1.125 * size for size, stop in zip(sizes, stops, strict=True))
+    assert len(set(stops)) == 7 + 8 * 8 + 1  # 1 to 7, eight from each power of two to the next, and 2048
+    assert groups_of_rows([6, 6, 20], torch.float32) == ([(0, slice(0, 6), 6), (2, slice(6, 20), 14)], 20)
+    assert groups_of_rows([1000, 1003], torch.bfloat16)[1] == 1024  # the first slice ends last
+
+
+@pytest.mark.parametrize("sizes", [[6, 0, 300, 1, 64], [0, 33, 0, 31, 0], [1, 1, 1, 1, 1], [1000, 0, 5]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_kernels_equal_one_expert_after_the_other(dtype, sizes):
     """The bf16 kernel computes on rows beyond a group; none of that may be seen, whatever the groups' sizes."""

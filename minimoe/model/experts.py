@@ -10,8 +10,7 @@ plain autograd would allocate a gradient of the full stack for every expert, E t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +84,16 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: list[int]) -> Tensor:
         width = down.shape[2]
-        hidden = rows.new_empty(rows.shape[0], 2 * width)  # (N, 2I)
-        out = torch.empty_like(rows)
-        for expert, group, _ in _groups(ends, rows):
-            torch.mm(rows[group], gate_up[expert].to(rows.dtype).t(), out=hidden[group])
+        groups, length = groups_of_rows(ends, rows.dtype)
+        hidden = rows.new_empty(length, 2 * width)
+        out = rows.new_empty(length, rows.shape[1])
+        for expert, group, _ in groups:
+            torch.mm(_take(rows, group), gate_up[expert].to(rows.dtype).t(), out=hidden[group])
             activated = F.silu(hidden[group, :width]).mul_(hidden[group, width:])  # (n, I)
             torch.mm(activated, down[expert].to(rows.dtype).t(), out=out[group])
         ctx.save_for_backward(rows, gate_up, down, hidden)
-        ctx.ends = ends
-        return out
+        ctx.groups = groups
+        return out[: rows.shape[0]]
 
     @staticmethod
     @once_differentiable
@@ -101,23 +101,31 @@ class _GroupedSwiGLU(torch.autograd.Function):
         rows, gate_up, down, hidden = ctx.saved_tensors
         width = down.shape[2]
         grad_out = grad_out.contiguous()
-        grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
-        for expert, group, size in _groups(ctx.ends, rows):
+        grad_rows = rows.new_empty(hidden.shape[0], rows.shape[1])
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        for expert, group, size in ctx.groups:
+            group_rows, grad_group = _take(rows, group), _take(grad_out, group)
             gate, up = hidden[group, :width], hidden[group, width:]
             silu = F.silu(gate)
             activated = silu * up  # (n, I)
-            grad_activated = grad_out[group] @ down[expert].to(rows.dtype)
+            grad_activated = grad_group @ down[expert].to(rows.dtype)
             grad_hidden = rows.new_empty(activated.shape[0], 2 * width)
             torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
             aten.silu_backward(grad_activated.mul_(up), gate, grad_input=grad_hidden[:, :width])
             activated[size:] = grad_hidden[size:] = 0  # rows of other experts add nothing to this one's weights
-            _product_into(grad_down[expert], grad_out[group].t(), activated)
-            _product_into(grad_gate_up[expert], grad_hidden.t(), rows[group])
+            _product_into(grad_down[expert], grad_group.t(), activated)
+            _product_into(grad_gate_up[expert], grad_hidden.t(), group_rows)
             torch.mm(grad_hidden, gate_up[expert].to(rows.dtype), out=grad_rows[group])
-        for expert in _idle(ctx.ends):
+        for expert in set(range(len(down))).difference(group.expert for group in ctx.groups):
             grad_down[expert].zero_()
             grad_gate_up[expert].zero_()
-        return grad_rows, grad_gate_up, grad_down, None
+        return grad_rows[: rows.shape[0]], grad_gate_up, grad_down, None
+
+
+def _take(rows: Tensor, group: slice) -> Tensor:
+    """rows[group], where the slice ends behind the last row with rows of zeros."""
+    missing = group.stop - rows.shape[0]
+    return F.pad(rows[group], (0, 0, 0, missing)) if missing > 0 else rows[group]
 
 
 def _product_into(target: Tensor, left: Tensor, right: Tensor) -> None:
@@ -128,23 +136,27 @@ def _product_into(target: Tensor, left: Tensor, right: Tensor) -> None:
         target.copy_(left @ right)
 
 
-def _groups(ends: list[int], rows: Tensor) -> Iterator[tuple[int, slice, int]]:
-    """(expert, its rows, their number) of every expert that has rows; ends [6, 6, 20] -> (0, 0:6, 6), (2, 6:20, 14).
+class Group(NamedTuple):
+    """One expert and its rows."""
 
-    In bf16 on a CPU the slice is longer: torch builds a new kernel for every new number of rows, which takes about
-    as long as a small product, so numbers are rounded up to a few that come again. The rows behind a group belong to
-    the experts that follow: what is computed for them is wrong and is overwritten when their turn comes.
+    expert: int
+    rows: slice  # to compute; behind the expert's own rows there may be some of the experts that follow
+    size: int  # how many are its own
+
+
+def groups_of_rows(ends: list[int], dtype: torch.dtype) -> tuple[list[Group], int]:
+    """The experts that have rows, and the largest end of a slice; [6, 6, 20] -> (0, 0:6, 6), (2, 6:20, 14) and 20.
+
+    In bf16 on a CPU slices are longer. torch builds and keeps a kernel for every new number of rows: that takes about
+    as long as a small product, and as kernels lie among the activations, memory that cannot be used again grows by
+    hundreds of megabytes. So numbers are rounded up to one of eight between a power of two and the next. What is
+    computed for the rows behind a group is wrong, and is overwritten when their own expert's turn comes.
     """
-    multiple = 32 if rows.dtype == torch.bfloat16 else 1
-    start = 0
+    groups, start = [], 0
     for expert, end in enumerate(ends):
         size = end - start
         if size:
-            stop = start + -(-size // multiple) * multiple
-            yield expert, slice(start, stop if stop <= rows.shape[0] else end), size
+            multiple = (1 << size.bit_length() >> 4 or 1) if dtype == torch.bfloat16 else 1
+            groups.append(Group(expert, slice(start, start + -(-size // multiple) * multiple), size))
         start = end
-
-
-def _idle(ends: list[int]) -> list[int]:
-    """Experts without rows."""
-    return [expert for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)) if start == end]
+    return groups, max((group.rows.stop for group in groups), default=0)
