@@ -9,6 +9,7 @@ from tiny import relative_error, tiny_config
 from minimoe.model.dispatch import DISPATCHES, sort_by_expert
 from minimoe.model.experts import Experts, grouped_mm_swiglu, groups_of_rows, swiglu
 from minimoe.model.moe import MoEFeedForward
+from minimoe.model.precision import few_sizes
 
 # Norm-relative. float32: sums of ~50 products, each rounded to 6e-8. float64 the same with 1e-16.
 # bf16: every path rounds weights, inputs and each product's result to 8 bits (4e-3), in another order.
@@ -140,13 +141,14 @@ def test_an_idle_expert_gets_a_gradient_of_zeros_so_that_data_parallel_training_
 
 
 def test_bf16_computes_few_different_numbers_of_rows_and_float32_its_own():
-    sizes = range(1, 2049)
-    groups = [groups_of_rows([size], torch.bfloat16) for size in sizes]
-    stops = [group.rows.stop for (group,), _ in groups]
-    assert all(size <= stop < 1.125 * size for size, stop in zip(sizes, stops, strict=True))
-    assert len(set(stops)) == 7 + 8 * 8 + 1  # 1 to 7, eight from each power of two to the next, and 2048
-    assert groups_of_rows([6, 6, 20], torch.float32) == ([(0, slice(0, 6), 6), (2, slice(6, 20), 14)], 20)
-    assert groups_of_rows([1000, 1003], torch.bfloat16)[1] == 1024  # the first slice ends last
+    cpu, sizes = torch.device("cpu"), range(1, 2049)
+    rounded = [few_sizes(size, cpu, torch.bfloat16) for size in sizes]
+    assert all(size <= more < 1.125 * size for size, more in zip(sizes, rounded, strict=True))
+    assert len(set(rounded)) == 7 + 8 * 8 + 1  # 1 to 7, eight from each power of two to the next, and 2048
+    assert few_sizes(0, cpu, torch.bfloat16) == 0
+    assert few_sizes(1001, cpu, torch.float32) == few_sizes(1001, torch.device("meta"), torch.bfloat16) == 1001
+    assert groups_of_rows([6, 6, 20], cpu, torch.float32) == ([(0, slice(0, 6), 6), (2, slice(6, 20), 14)], 20)
+    assert groups_of_rows([1000, 1003], cpu, torch.bfloat16)[1] == 1024  # the first slice ends last
 
 
 @pytest.mark.parametrize("sizes", [[6, 0, 300, 1, 64], [0, 33, 0, 31, 0], [1, 1, 1, 1, 1], [1000, 0, 5]], ids=str)

@@ -68,7 +68,7 @@ def grouped(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Expert
         return replicated(tokens, expert_ids, weights, experts)
     # dispatch: which tokens each expert computes, as slices of one sorted list
     order, ends = sort_by_expert(expert_ids, experts.down_proj.shape[0])
-    groups, length = groups_of_rows(ends.tolist(), compute_dtype(tokens.device, tokens.dtype))
+    groups, length = groups_of_rows(ends.tolist(), tokens.device, compute_dtype(tokens.device, tokens.dtype))
     token_ids = F.pad(order // expert_ids.shape[1], (0, length - len(order)))
     slot_weights = weights.flatten()[order, None]  # (T*k, 1)
     # Summed in float32 (weights are float32), as `replicated` does; half precision would round k times.

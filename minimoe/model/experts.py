@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minimoe.model.precision import compute_dtype, to_compute_dtype
+from minimoe.model.precision import compute_dtype, few_sizes, to_compute_dtype
 
 aten = torch.ops.aten
 
@@ -84,7 +84,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: list[int]) -> Tensor:
         width = down.shape[2]
-        groups, length = groups_of_rows(ends, rows.dtype)
+        groups, length = groups_of_rows(ends, rows.device, rows.dtype)
         hidden = rows.new_empty(length, 2 * width)
         out = rows.new_empty(length, rows.shape[1])
         for expert, group, _ in groups:
@@ -144,19 +144,16 @@ class Group(NamedTuple):
     size: int  # how many are its own
 
 
-def groups_of_rows(ends: list[int], dtype: torch.dtype) -> tuple[list[Group], int]:
+def groups_of_rows(ends: list[int], device: torch.device, dtype: torch.dtype) -> tuple[list[Group], int]:
     """The experts that have rows, and the largest end of a slice; [6, 6, 20] -> (0, 0:6, 6), (2, 6:20, 14) and 20.
 
-    In bf16 on a CPU slices are longer. torch builds and keeps a kernel for every new number of rows: that takes about
-    as long as a small product, and as kernels lie among the activations, memory that cannot be used again grows by
-    hundreds of megabytes. So numbers are rounded up to one of eight between a power of two and the next. What is
-    computed for the rows behind a group is wrong, and is overwritten when their own expert's turn comes.
+    In bf16 on a CPU slices are longer (`few_sizes`). What is computed for the rows behind a group is wrong, and is
+    overwritten when their own expert's turn comes.
     """
     groups, start = [], 0
     for expert, end in enumerate(ends):
         size = end - start
         if size:
-            multiple = (1 << size.bit_length() >> 4 or 1) if dtype == torch.bfloat16 else 1
-            groups.append(Group(expert, slice(start, start + -(-size // multiple) * multiple), size))
+            groups.append(Group(expert, slice(start, start + few_sizes(size, device, dtype)), size))
         start = end
     return groups, max((group.rows.stop for group in groups), default=0)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minimoe.model.precision import to_compute_dtype
+from minimoe.model.precision import few_sizes, to_compute_dtype
 
 IGNORE_INDEX = -100  # label of positions that are not learned; torch's and transformers' convention
 _CHUNK_ROWS = 1024  # rows of logits held at once by `fused_next_token_loss`
@@ -55,7 +55,12 @@ def fused_next_token_loss(
         num_targets = (targets != IGNORE_INDEX).sum()
     if not torch.is_grad_enabled():  # which the function cannot see: to it, a parameter always needs a gradient
         hidden, weight = hidden.detach(), weight.detach()
-    total = _LinearCrossEntropy.apply(*to_compute_dtype(hidden, weight), targets)
+    hidden, weight = to_compute_dtype(hidden, weight)
+    last = hidden.shape[0] % _CHUNK_ROWS
+    extra = few_sizes(last, hidden.device, hidden.dtype) - last  # rows that are not learned
+    if extra:
+        hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra), value=IGNORE_INDEX)
+    total = _LinearCrossEntropy.apply(hidden, weight, targets)
     return total / torch.as_tensor(num_targets, device=total.device).clamp(min=1)
 
 
