@@ -14,6 +14,8 @@ import torch
 from tiny import relative_error, tiny_config
 from tiny_runs import STORIES, rows, run_command, training_rows, write_yaml
 
+from minimoe.config import PretrainRun
+from minimoe.errors import UserError
 from minimoe.evaluate import evaluate_model
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
@@ -103,6 +105,14 @@ def test_validation_runs_in_the_precision_of_training(pretrain_config, monkeypat
     for precision in ("bf16", "fp32"):
         pretrain.run(pretrain_config(precision, max_steps=1, precision=precision))
     assert precisions == [True, False]
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(pretrain_config):
+    values = pretrain_config().model_dump(mode="json")
+    values["train"] |= {"max_steps": None, "epochs": 1}
+    values["schedule"]["warmup_steps"] = 100_000
+    with pytest.raises(UserError, match="warmup_steps 100000 is more than the run's"):
+        pretrain.run(PretrainRun.model_validate(values))
 
 
 def test_one_expert_per_token_with_a_weight_that_is_always_1_is_warned_of(pretrain_config, capsys):

@@ -99,7 +99,10 @@ def fit(
     total_steps = train.max_steps or math.ceil((train.epochs or 0) * data.train.rows_per_epoch / train.batch_size)
     warmup_steps = config.schedule.warmup_steps
     if warmup_steps > total_steps:
-        raise UserError(f"schedule.warmup_steps {warmup_steps} is more than the run's {total_steps} steps")
+        raise UserError(
+            f"schedule.warmup_steps {warmup_steps} is more than the run's {total_steps} steps",
+            mend="lower it or train longer",
+        )
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)

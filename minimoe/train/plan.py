@@ -58,10 +58,10 @@ def print_plan(
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
-    if architecture.num_experts_per_tok == 1 and architecture.norm_topk_prob:
+    if architecture.num_moe_layers and architecture.num_experts_per_tok == 1 and architecture.norm_topk_prob:
         rows["warning"] = (
             "model.norm_topk_prob makes the weight of one expert per token always 1: "
-            "the router learns from the balance loss alone; set it to false"
+            "the router learns from the balance loss alone; pretrain with it false"
         )
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/]", value)
