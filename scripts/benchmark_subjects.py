@@ -35,8 +35,10 @@ from minimoe.model.attention import MiniMoeAttention, document_lengths
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.model.moe import MoEFeedForward
+from minimoe.model.precision import float32_by_onednn
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.tokenizer import encode_text, train_bpe
+from minimoe.train.memory import keep_freed_memory
 
 Run = Callable[[], dict[str, float]]
 
@@ -157,6 +159,8 @@ def build_model(subject: str, shape: Shape) -> Any:
 def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     """A whole optimizer step: forward, balance loss, backward, clipping, AdamW."""
     before = resident_bytes("VmRSS") if device == "cpu" else 0.0
+    if device == "cpu" and not subject.startswith("qwen3"):
+        keep_freed_memory()
     model = build_model(subject, shape).to(device).train()
     called = torch.compile(model) if subject.endswith("compiled") else model
     options = {} if subject.startswith("qwen3") else {"skip_logits": True}
@@ -164,9 +168,10 @@ def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     ids = random_ids(shape, device)
 
     def step() -> None:
-        with autocast(device, dtype):
-            loss = called(input_ids=ids, labels=ids, use_cache=False, **options).loss
-        loss.backward()
+        with training_products(subject, shape, device):
+            with autocast(device, dtype):
+                loss = called(input_ids=ids, labels=ids, use_cache=False, **options).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -196,9 +201,10 @@ def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     def step() -> None:
         block.zero_grad()
         x.grad = None
-        with autocast(device, dtype):
-            y, _ = block(x.to(compute))
-        y.backward(gradient.to(y.dtype))
+        with training_products(subject, shape, device):
+            with autocast(device, dtype):
+                y, _ = block(x.to(compute))
+            y.backward(gradient.to(y.dtype))
 
     return repeated(step, device)
 
@@ -215,13 +221,14 @@ def bare_products(shape: Shape, dtype: str, device: str) -> Run:
     outs = [torch.empty_like(t) for t in (wide, x, activated, down, x, gate_up)]
 
     def step() -> None:
-        for e in range(shape.experts):
-            torch.mm(x[e], gate_up[e].t(), out=outs[0][e])
-            torch.mm(activated[e], down[e].t(), out=outs[1][e])
-            torch.mm(x[e], down[e], out=outs[2][e])
-            torch.mm(x[e].t(), activated[e], out=outs[3][e])
-            torch.mm(wide[e], gate_up[e], out=outs[4][e])
-            torch.mm(wide[e].t(), x[e], out=outs[5][e])
+        with training_products("minimoe", shape, device):
+            for e in range(shape.experts):
+                torch.mm(x[e], gate_up[e].t(), out=outs[0][e])
+                torch.mm(activated[e], down[e].t(), out=outs[1][e])
+                torch.mm(x[e], down[e], out=outs[2][e])
+                torch.mm(x[e].t(), activated[e], out=outs[3][e])
+                torch.mm(wide[e], gate_up[e], out=outs[4][e])
+                torch.mm(wide[e].t(), x[e], out=outs[5][e])
 
     return repeated(step, device)
 
@@ -241,9 +248,10 @@ def attention(shape: Shape, dtype: str, device: str, documents: int) -> Run:
     gradient = torch.randn_like(x)
 
     def step() -> None:
-        with autocast(device, dtype):
-            y, _ = block(x.to(compute), rotary(x, positions), documents=lengths)
-        y.backward(gradient.to(y.dtype))
+        with training_products("minimoe", shape, device):
+            with autocast(device, dtype):
+                y, _ = block(x.to(compute), rotary(x, positions), documents=lengths)
+            y.backward(gradient.to(y.dtype))
 
     return repeated(step, device)
 
@@ -256,7 +264,10 @@ def ceilings(device: str) -> Run:
     target = torch.empty_like(source)
 
     def run() -> dict[str, float]:
-        figures = {n: 2 * size**3 / repeated(partial(torch.mm, m, m), device)()["seconds"] for n, m in matrices.items()}
+        with float32_by_onednn(torch.device(device), size):
+            figures = {
+                n: 2 * size**3 / repeated(partial(torch.mm, m, m), device)()["seconds"] for n, m in matrices.items()
+            }
         figures["read"] = source.numel() * 4 / repeated(source.sum, device)()["seconds"]
         figures["copy"] = 2 * source.numel() * 4 / repeated(lambda: target.copy_(source), device)()["seconds"]
         return figures
@@ -360,6 +371,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+
+
+def training_products(subject: str, shape: Shape, device: str) -> contextlib.AbstractContextManager:
+    """The library that multiplies float32 in minimoe's training; its peers are as `transformers` trains them."""
+    peer = subject.startswith(("qwen3", "literal loop"))
+    return contextlib.nullcontext() if peer else float32_by_onednn(torch.device(device), shape.hidden)
 
 
 def random_ids(shape: Shape, device: str) -> Tensor:

@@ -4,8 +4,8 @@ B batch, S sequence, H query heads, K key/value heads, d head_dim, D hidden.
 
 Packed documents: several documents share a row and must not see each other. A block-diagonal mask is exact but
 slow on a CPU, where every document getting a scaled-dot-product call of its own is 3 to 4 times as fast; so the
-batch is laid out as one stream of B*S tokens and cut at the document starts (`DocumentLengths`). Training in bf16 on a
-CPU has a kernel of its own (`causal_attention.py`).
+batch is laid out as one stream of B*S tokens and cut at the document starts (`DocumentLengths`). Training on a CPU has
+a function of its own where oneDNN multiplies (`causal_attention.py`).
 
 Sources: GQA arXiv 2305.13245; of positions and QK-norm see `rotary.py`.
 """
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from minimoe.model.causal_attention import causal_attention
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.norm import MiniMoeRMSNorm, is_plain_norm
+from minimoe.model.precision import compute_dtype, onednn_multiplies
 from minimoe.model.rotary import norm_and_rotate
 
 DocumentLengths = list[int]  # lengths of consecutive documents of a stream of B*S tokens; they sum to B*S
@@ -69,7 +70,7 @@ class MiniMoeAttention(nn.Module):
             past_key_values: keys and values of earlier positions; updated in place.
         """
         batch, sequence, _ = x.shape
-        if self._blocks_pay(x, documents, attention_mask, past_key_values):
+        if self._blocks_pay(x, attention_mask, past_key_values):
             return self.o_proj(self._attend_in_blocks(x, position_embeddings, documents)), None
         heads = (batch, sequence, -1, self.head_dim)
         q = norm_and_rotate(self.q_proj(x).view(heads), self.q_norm, *position_embeddings)
@@ -92,26 +93,23 @@ class MiniMoeAttention(nn.Module):
                 )  # (B, S, H, d)
         return self.o_proj(out.reshape(batch, sequence, -1)), probabilities
 
-    def _blocks_pay(
-        self, x: Tensor, lengths: DocumentLengths | None, attention_mask: Tensor | None, past_key_values: Cache | None
-    ) -> bool:
-        """Whether `causal_attention` can and should be used: it is made for training in bf16 on a CPU.
+    def _blocks_pay(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> bool:
+        """Whether `causal_attention` can and should be used: it is made for training with oneDNN's products.
 
         Measured on 2 cores, forward and backward of the whole block beside torch's kernel, which computes in float32:
-        rows of 256 tokens 1.1 to 1.2 times its speed, of 512 1.25 to 1.4 times; documents of 128 tokens and shorter
-        ones about the same. In float32 it was at best level.
+        in bf16 1.05 to 1.4 times its speed, in float32 level to 1.1 times. (torch's kernel must not get oneDNN's
+        products: every length of a document would be a new size.)
         """
-        documents = len(lengths) if lengths else x.shape[0]
         return (
-            torch.is_autocast_enabled("cpu")
-            and x.device.type == "cpu"
-            and x.shape[0] * x.shape[1] >= 128 * documents
+            x.device.type == "cpu"
             and torch.is_grad_enabled()
+            and attention_mask is None
+            and past_key_values is None
+            and onednn_multiplies(x.device, compute_dtype(x.device, x.dtype))
+            and self.q_norm.weight.dtype == torch.float32  # in which it norms and rotates
             and is_plain_norm(self.q_norm)
             and is_plain_norm(self.k_norm)
             and self.config._attn_implementation == "sdpa"
-            and attention_mask is None
-            and past_key_values is None
             and not (self.training and self.attention_dropout)
         )
 

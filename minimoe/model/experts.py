@@ -147,7 +147,7 @@ class Group(NamedTuple):
 def groups_of_rows(ends: list[int], device: torch.device, dtype: torch.dtype) -> tuple[list[Group], int]:
     """The experts that have rows, and the largest end of a slice; [6, 6, 20] -> (0, 0:6, 6), (2, 6:20, 14) and 20.
 
-    In bf16 on a CPU slices are longer (`few_sizes`). What is computed for the rows behind a group is wrong, and is
+    For oneDNN slices are longer (`few_sizes`). What is computed for the rows behind a group is wrong, and is
     overwritten when their own expert's turn comes.
     """
     groups, start = [], 0

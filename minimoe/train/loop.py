@@ -29,11 +29,12 @@ from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Engine
 from minimoe.loading import quiet_transformers
 from minimoe.model.losses import IGNORE_INDEX
-from minimoe.model.precision import has_bf16
+from minimoe.model.precision import float32_by_onednn, has_bf16
 from minimoe.model.router import TopKRouter
 from minimoe.train import checkpoint
 from minimoe.train.checkpoint import BackgroundSaver, TrainerState
 from minimoe.train.guard import log_collapse, log_problem, poison
+from minimoe.train.memory import keep_freed_memory
 from minimoe.train.metrics import MetricsLogger
 from minimoe.train.optim import build_optimizers, lr_at_step, set_lr
 from minimoe.train.plan import micro_rows, print_plan
@@ -103,6 +104,8 @@ def fit(
             f"schedule.warmup_steps {warmup_steps} is more than the run's {total_steps} steps",
             mend="lower it or train longer",
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
@@ -141,7 +144,8 @@ def fit(
             batch = data.train.batch(state.step, train.batch_size, accelerator.process_index, accelerator.num_processes)
             factor = lr_at_step(state.step, total_steps, config.schedule)
             set_lr(optimizers, factor)
-            terms, expert_counts = _forward_backward(wrapped, batch, train, accelerator)
+            with float32_by_onednn(accelerator.device, model.config.hidden_size):
+                terms, expert_counts = _forward_backward(wrapped, batch, train, accelerator)
             poison(terms, model)
             grad_norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), train.max_grad_norm))
             loss = float(terms["loss"])

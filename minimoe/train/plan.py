@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from minimoe.config import TrainConfig, TrainingRun
 from minimoe.data.loader import Data
-from minimoe.model.precision import has_bf16
+from minimoe.model.precision import float32_by_onednn, has_bf16
 from minimoe.train import checkpoint
 from minimoe.train.optim import Muon, newton_schulz
 
@@ -95,7 +95,7 @@ def _estimate_step_seconds(
     times = []
     for _ in range(2):  # the first also pays for allocation and kernel selection
         start = time.perf_counter()
-        with accelerator.autocast():
+        with accelerator.autocast(), float32_by_onednn(accelerator.device, model.config.hidden_size):
             model(**micro.model_inputs(), skip_logits=True, use_cache=False).loss.backward()
         model.zero_grad()
         _finish(accelerator)

@@ -1,0 +1,68 @@
+"""Which library multiplies float32 on a CPU; the results stay float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import relative_error, tiny_config
+
+from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.precision import few_sizes, float32_by_onednn, onednn_multiplies
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Training as on a CPU that has AVX-512 and no AMX; where it is not so, MKL multiplies all the same."""
+    if torch.cpu._is_amx_tile_supported():
+        pytest.skip("with AMX torch's switch would permit bf16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    with float32_by_onednn(CPU, 256):
+        yield
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("shape", [(64, 256, 512), (512, 512, 256), (1000, 96, 1408)], ids=str)
+def test_products_stay_float32(shape):
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    exact = a.double() @ b.double()
+    for product in (a @ b, a @ b.t().contiguous().t(), a.t().contiguous().t() @ b, torch.bmm(a[None], b[None])[0]):
+        assert relative_error(product, exact) <= 1e-6  # one product of bf16 numbers has 2e-3
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_training_step_is_the_same_with_both_libraries(documents):
+    torch.manual_seed(0)
+    model = MiniMoeForCausalLM(tiny_config(attn_implementation="sdpa", max_position_embeddings=300)).train()
+    ids = torch.randint(3, 97, (2, 300))
+    positions = torch.cat((torch.arange(130), torch.arange(9), torch.arange(161))).repeat(2, 1) if documents else None
+
+    def losses_and_gradients():
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, position_ids=positions, skip_logits=True, use_cache=False).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    by_onednn = losses_and_gradients()
+    torch.set_float32_matmul_precision("highest")
+    for value, expected in zip(by_onednn, losses_and_gradients(), strict=True):
+        assert relative_error(value, expected) <= 2e-5  # float32 rounding through all layers and back
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "width", "pays"),
+    [(True, False, 256, True), (True, False, 255, False), (True, True, 512, False), (False, False, 512, False)],
+)
+def test_it_is_taken_where_it_is_exact_and_pays_and_only_meanwhile(avx512, amx, width, pays, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    with float32_by_onednn(CPU, width):
+        assert onednn_multiplies(CPU, torch.float32) == pays
+        assert onednn_multiplies(CPU, torch.bfloat16)
+        assert few_sizes(1001, CPU, torch.float32) == (1024 if pays else 1001)
+    assert not onednn_multiplies(CPU, torch.float32)
+    with float32_by_onednn(torch.device("cuda"), width):
+        assert torch.get_float32_matmul_precision() == "highest"
