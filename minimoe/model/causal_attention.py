@@ -1,8 +1,8 @@
 """QK-norm, rotary positions and causal attention in one function, for training on a CPU.
 
-torch's attention kernel for CPUs gains nothing from bf16 and is slow backwards on sequences this short. Here the
-products are batched matrix products in the dtype of the input, which are fast in either, and a row is cut into blocks
-of queries, so that most of the masked half is never computed:
+torch's attention kernel for CPUs gains nothing from bf16 or from oneDNN and is slow backwards on sequences this short.
+Here the products are batched matrix products in the dtype of the input, large enough for oneDNN, and a row is cut into
+blocks of queries, so that most of the masked half is never computed:
 
     n = 512, blocks of 128:  queries   0..127 see keys 0..127     10/16 of all products instead of the causal 8/16
                              queries 128..255 see keys 0..255
