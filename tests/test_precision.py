@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tiny import relative_error, tiny_config
 
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.model.precision import few_sizes, float32_by_onednn, onednn_multiplies
+from minimoe.train import pretrain
 
 CPU = torch.device("cpu")
 
@@ -65,3 +68,23 @@ def test_it_is_taken_where_it_is_exact_and_pays_and_only_meanwhile(avx512, amx, 
     assert not onednn_multiplies(CPU, torch.float32)
     with float32_by_onednn(torch.device("cuda"), width):
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_training_steps_are_multiplied_by_onednn_and_nothing_else(pretrain_config, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for module in ("loop", "plan"):  # the run's model is too small to be given to oneDNN
+        monkeypatch.setattr(
+            f"minimoe.train.{module}.float32_by_onednn", lambda device, _: float32_by_onednn(device, 256)
+        )
+    seen = set()
+    for owner, name in ((MiniMoeForCausalLM, "forward"), (torch.Tensor, "backward")):
+        method = getattr(owner, name)
+
+        def watched(*args, _method=method, _name=name, **kwargs):
+            seen.add((_name, torch.is_grad_enabled(), onednn_multiplies(CPU, torch.float32)))
+            return _method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, functools.wraps(method)(watched))
+    pretrain.run(pretrain_config("run", max_steps=2, precision="fp32"))
+    assert seen == {("forward", True, True), ("backward", True, True), ("forward", False, False)}
