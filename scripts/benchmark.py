@@ -74,14 +74,14 @@ def work(request: dict[str, Any]) -> None:
         print(json.dumps(run()), file=answers, flush=True)
 
 
-def take_turns(workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, list[Figures]]:
-    """Figures of at least `rounds` rounds and so many seconds, by subject.
+def take_turns(workers: dict[str, Worker], rounds: int, seconds: float, warm_up: int) -> dict[str, list[Figures]]:
+    """Figures of at least `rounds` rounds and so many seconds, by subject, after `warm_up` rounds for nothing.
 
-    The first two rounds, in which oneDNN builds its kernels, are thrown away.
+    In a subject's first rounds oneDNN builds its kernels and memory grows.
     """
     for worker in workers.values():
         worker.answer()  # prepared
-    for worker in [*workers.values()] * 2:
+    for worker in [*workers.values()] * warm_up:
         worker.go()
     figures: dict[str, list[Figures]] = {name: [] for name in workers}
     start = time.perf_counter()
@@ -116,8 +116,10 @@ class Benchmark:
         self.base = SHAPES["few"]
         self.ceilings = self.turns({"machine": Worker("ceilings", device=options.device)}, rounds=1)["machine"][0]
 
-    def turns(self, workers: dict[str, Worker], rounds: int | None = None) -> dict[str, list[Figures]]:
-        return take_turns(workers, rounds or self.options.rounds, 0 if rounds else self.options.seconds)
+    def turns(
+        self, workers: dict[str, Worker], rounds: int | None = None, warm_up: int = 2
+    ) -> dict[str, list[Figures]]:
+        return take_turns(workers, rounds or self.options.rounds, 0 if rounds else self.options.seconds, warm_up)
 
     def train(self) -> Rows:
         """Whole optimizer steps."""
@@ -126,7 +128,8 @@ class Benchmark:
             for dtype in self.options.dtype:
                 common = {"shape": asdict(shape), "dtype": dtype, "device": self.options.device}
                 subjects = [*TRAINERS, *(["minimoe compiled"] if self.options.device == "cuda" else [])]
-                figures = self.turns({name: Worker("train_step", subject=name, **common) for name in subjects})
+                workers = {name: Worker("train_step", subject=name, **common) for name in subjects}
+                figures = self.turns(workers, warm_up=5)  # the first steps take up to twice as long
                 for name in subjects:
                     seconds = median(figures[name])
                     rows.append(
@@ -266,7 +269,7 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, default=trained, help="model of the rounding section, skipped without")
     parser.add_argument("--texts", type=Path, default=Path("data/quickstart"), help="folder of its held-out texts")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every subject at least")
-    parser.add_argument("--seconds", type=float, default=20, help="go on taking turns so long")
+    parser.add_argument("--seconds", type=float, default=40, help="go on taking turns so long")
     parser.add_argument("--no-document", action="store_true", help="leave docs/benchmarks.md as it is")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"))
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)

@@ -26,11 +26,15 @@ def run(block, x, positions, documents, dtype):
     return {"output": y, "x": x.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
 
 
+@pytest.mark.parametrize("kept", [300, 299], ids=["probabilities kept", "computed again"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("documents", [None, [1, 299, 1, 2, 150, 147]], ids=["rows", "documents"])
-def test_training_attention_equals_torch_attention_in_values_and_gradients(documents, kv_heads, dtype, monkeypatch):
+def test_training_attention_equals_torch_attention_in_values_and_gradients(
+    documents, kv_heads, dtype, kept, monkeypatch
+):
     torch.manual_seed(0)
+    monkeypatch.setattr("minimoe.model.causal_attention._KEPT", kept)
     config = tiny_config(
         num_attention_heads=4, num_key_value_heads=kv_heads, attn_implementation="sdpa", max_position_embeddings=300
     )

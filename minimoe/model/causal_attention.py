@@ -10,8 +10,8 @@ blocks of queries, so that most of the masked half is never computed:
 Where documents share a row, a block sees the keys from the start of its first query's document on, and a mask hides
 the rest: however many documents there are, a row has the same few products, and none is larger than without them.
 
-One row at a time, or a few short ones together, everything stays in the cache. Kept for backward: only the input, from
-which the rest is computed again, which is a quarter of the work and saves a matrix of n*n probabilities per head.
+One row at a time, or a few short ones together, everything stays in the cache. Kept for backward: the input, from which
+the heads are prepared again, and of short rows the probabilities, n*n a head; of long ones they are computed again.
 
 C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, m keys that a block sees.
 """
@@ -31,6 +31,7 @@ from minimoe.model.rotary import norm_and_rotate_backward, rotate
 
 _BLOCK = 128  # queries; small blocks skip more of what is masked, large ones make larger products
 _TOGETHER = 1024  # tokens of short rows computed together; more would leave the cache
+_KEPT = 512  # tokens of the longest row whose probabilities are kept; what they take grows with the square
 _MULTIPLE = 32  # numbers of keys: oneDNN builds a kernel for each, so few different ones are used
 
 aten = torch.ops.aten
@@ -78,21 +79,25 @@ class _CausalAttention(torch.autograd.Function):
         parts: list[_Part],
     ) -> Tensor:
         out = qkv.new_empty(qkv.shape[0], (gains.shape[0] - kv_heads) * gains.shape[1])
+        kept = []
         for rows, blocks in parts:
             heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
             attended = torch.empty_like(heads_in.q)
             for block in blocks:
                 probabilities = _probabilities(heads_in, block)
+                if length <= _KEPT:
+                    kept.append(probabilities)
                 torch.bmm(probabilities, heads_in.v[:, block.keys], out=attended[:, block.queries])
             out[rows] = _ungroup(attended, kv_heads, length).flatten(1)
-        ctx.save_for_backward(qkv, gains, cos, sin)
+        ctx.save_for_backward(qkv, gains, cos, sin, *kept)
         ctx.kv_heads, ctx.eps, ctx.length, ctx.parts = kv_heads, eps, length, parts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, gains, cos, sin = ctx.saved_tensors
+        qkv, gains, cos, sin, *kept = ctx.saved_tensors
+        kept_probabilities = iter(kept)
         kv_heads, (all_heads, head_dim), length = ctx.kv_heads, gains.shape, ctx.length
         grad_qkv, grad_gains = torch.empty_like(qkv), torch.zeros_like(gains)
         for rows, blocks in ctx.parts:
@@ -102,7 +107,7 @@ class _CausalAttention(torch.autograd.Function):
             grad_k, grad_v = (heads_in.k.new_zeros(heads_in.k.shape, dtype=gains.dtype) for _ in range(2))
             for block in blocks:
                 k, v, grad_block = heads_in.k[:, block.keys], heads_in.v[:, block.keys], grad[:, block.queries]
-                probabilities = _probabilities(heads_in, block)
+                probabilities = next(kept_probabilities) if kept else _probabilities(heads_in, block)
                 grad_v[:, block.keys] += torch.bmm(probabilities.mT, grad_block)
                 grad_scores = aten._softmax_backward_data(
                     torch.bmm(grad_block, v.mT), probabilities, -1, probabilities.dtype
