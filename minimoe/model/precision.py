@@ -53,11 +53,12 @@ def few_sizes(size: int, device: torch.device, dtype: torch.dtype) -> int:
 
     Building a kernel for a new number of rows takes about as long as a small product, and as kernels lie among the
     activations, memory that cannot be used again grows by hundreds of megabytes. So numbers are rounded up to one of
-    eight between a power of two and the next.
+    eight between a power of two and the next, large ones by less than 64: of a large group's rows those are few, and
+    groups that large differ less in size.
     """
     if not onednn_multiplies(device, dtype):
         return size
-    multiple = 1 << size.bit_length() >> 4 or 1
+    multiple = min(1 << size.bit_length() >> 4 or 1, 64)
     return -(-size // multiple) * multiple
 
 
