@@ -86,12 +86,26 @@ def test_norm_and_rotation_of_training_equal_the_plain_ones_in_values_and_gradie
         assert relative_error(norm_and_rotate(x, norm, angles.cos(), angles.sin()), by_hand) <= 1e-6
 
 
-def test_a_hook_on_a_projection_counts_in_training_attention_too(monkeypatch):
+def hook(block):
+    block.v_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def call_of_its_own(block):
+    plain = block.v_proj.forward
+    block.v_proj.forward = lambda x: 2 * plain(x)
+
+
+def bias(block):
+    block.v_proj = torch.nn.Linear(block.v_proj.in_features, block.v_proj.out_features)
+
+
+@pytest.mark.parametrize("change", [hook, call_of_its_own, bias])
+def test_a_changed_projection_counts_in_training_attention_too(change, monkeypatch):
     torch.manual_seed(0)
     block = MiniMoeAttention(tiny_config(attn_implementation="sdpa"), 0).train()
     x = torch.randn(1, 40, 32)
     positions = MiniMoeRotaryEmbedding(block.config)(x, torch.arange(40)[None])
-    block.v_proj.register_forward_hook(lambda module, inputs, output: 2 * output)  # as an adapter would
+    change(block)  # as adapters do
     outputs = []
     for blocks in (True, False):
         monkeypatch.setattr(MiniMoeAttention, "_blocks_pay", lambda *_, blocks=blocks: blocks)

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from minimoe.model.causal_attention import causal_attention
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.norm import MiniMoeRMSNorm, is_plain_norm
+from minimoe.model.norm import MiniMoeRMSNorm, is_plain
 from minimoe.model.precision import compute_dtype, onednn_multiplies
 from minimoe.model.rotary import norm_and_rotate
 
@@ -107,8 +107,8 @@ class MiniMoeAttention(nn.Module):
             and past_key_values is None
             and onednn_multiplies(x.device, compute_dtype(x.device, x.dtype))
             and self.q_norm.weight.dtype == torch.float32  # in which it norms and rotates
-            and is_plain_norm(self.q_norm)
-            and is_plain_norm(self.k_norm)
+            and is_plain(self.q_norm, MiniMoeRMSNorm)
+            and is_plain(self.k_norm, MiniMoeRMSNorm)
             and self.config._attn_implementation == "sdpa"
             and not (self.training and self.attention_dropout)
         )
@@ -118,8 +118,12 @@ class MiniMoeAttention(nn.Module):
     ) -> Tensor:
         """(B, S, D) -> (B, S, H * d), by the function written for this case."""
         batch, sequence, _ = x.shape
-        # The modules are called, not their weights read: an adapter or a hook on one of them counts here too.
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1).flatten(0, 1)  # (T, (H + 2K) * d)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if all(is_plain(projection, nn.Linear) and projection.bias is None for projection in projections):
+            qkv = F.linear(x, torch.cat([projection.weight for projection in projections]))
+        else:
+            qkv = torch.cat([projection(x) for projection in projections], dim=-1)
+        qkv = qkv.flatten(0, 1)  # (T, (H + 2K) * d)
         heads = self.config.num_attention_heads
         gains = torch.cat(
             (

@@ -31,9 +31,10 @@ class MiniMoeRMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def is_plain_norm(module: nn.Module) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a kernel may compute it in its place: no adapter stands in for it, and no hook watches it."""
-    return type(module) is MiniMoeRMSNorm and not (module._forward_hooks or module._forward_pre_hooks)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(module) is kind and "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
 def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.norm import MiniMoeRMSNorm, is_plain_norm, unit_rms
+from minimoe.model.norm import MiniMoeRMSNorm, is_plain, unit_rms
 
 
 class MiniMoeRotaryEmbedding(nn.Module):
@@ -72,7 +72,7 @@ def norm_and_rotate(x: Tensor, norm: MiniMoeRMSNorm, cos: Tensor, sin: Tensor) -
     For training on a CPU it is one function, which keeps nothing but its input. A norm with hooks and a module that
     stands in for one, such as an adapter, are called as they are.
     """
-    if x.device.type == "cpu" and torch.is_grad_enabled() and is_plain_norm(norm):
+    if x.device.type == "cpu" and torch.is_grad_enabled() and is_plain(norm, MiniMoeRMSNorm):
         return _NormAndRotate.apply(x, norm.weight, norm.eps, cos, sin)
     return rotate(norm(x.float()), cos, sin)
 
