@@ -159,8 +159,7 @@ def build_model(subject: str, shape: Shape) -> Any:
 def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     """A whole optimizer step: forward, balance loss, backward, clipping, AdamW."""
     before = resident_bytes("VmRSS") if device == "cpu" else 0.0
-    if device == "cpu" and not subject.startswith("qwen3"):
-        keep_freed_memory()
+    training_memory(subject, device)
     model = build_model(subject, shape).to(device).train()
     called = torch.compile(model) if subject.endswith("compiled") else model
     options = {} if subject.startswith("qwen3") else {"skip_logits": True}
@@ -186,6 +185,7 @@ def train_step(subject: str, shape: Shape, dtype: str, device: str) -> Run:
 
 def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     """Forward and backward of one MoE block, router and dispatch included."""
+    training_memory(subject, device)
     torch.manual_seed(0)
     block = MoEFeedForward(minimoe_config(shape))
     if subject == "literal loop":
@@ -211,6 +211,7 @@ def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
 
 def bare_products(shape: Shape, dtype: str, device: str) -> Run:
     """The six matrix products of each expert's forward and backward, over an even split of the rows."""
+    training_memory("minimoe", device)
     rows = shape.batch * shape.sequence * shape.k // shape.experts
     kind = {"dtype": torch.bfloat16 if dtype == "bf16" else torch.float32, "device": device}
     x = torch.randn(shape.experts, rows, shape.hidden, **kind)  # type: ignore[call-overload]
@@ -235,6 +236,7 @@ def bare_products(shape: Shape, dtype: str, device: str) -> Run:
 
 def attention(shape: Shape, dtype: str, device: str, documents: int) -> Run:
     """Forward and backward of one attention block; every row holds so many documents of unequal lengths."""
+    training_memory("minimoe", device)
     config = minimoe_config(shape, attn_implementation="sdpa")
     torch.manual_seed(0)
     block, rotary = MiniMoeAttention(config, 0).to(device).train(), MiniMoeRotaryEmbedding(config).to(device)
@@ -367,6 +369,7 @@ JOBS: dict[str, Callable[..., Run]] = {
     job.__name__: job for job in (train_step, moe_layer, bare_products, attention, decode, rounding, data, ceilings)
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEERS = ("qwen3", "literal loop")  # are as `transformers` trains them; the two settings are of minimoe's loop
 
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
@@ -374,9 +377,15 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 
 
 def training_products(subject: str, shape: Shape, device: str) -> contextlib.AbstractContextManager:
-    """The library that multiplies float32 in minimoe's training; its peers are as `transformers` trains them."""
-    peer = subject.startswith(("qwen3", "literal loop"))
+    """The library that multiplies float32 in minimoe's training."""
+    peer = subject.startswith(PEERS)
     return contextlib.nullcontext() if peer else float32_by_onednn(torch.device(device), shape.hidden)
+
+
+def training_memory(subject: str, device: str) -> None:
+    """What minimoe's training does with memory that was freed."""
+    if device == "cpu" and not subject.startswith(PEERS):
+        keep_freed_memory()
 
 
 def random_ids(shape: Shape, device: str) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from tiny import relative_error, tiny_config
 
+from minimoe.model import causal_attention
 from minimoe.model.attention import MiniMoeAttention
 from minimoe.model.norm import MiniMoeRMSNorm
 from minimoe.model.rotary import MiniMoeRotaryEmbedding, norm_and_rotate
@@ -34,7 +37,10 @@ def test_training_attention_equals_torch_attention_in_values_and_gradients(
     documents, kv_heads, dtype, kept, monkeypatch
 ):
     torch.manual_seed(0)
-    monkeypatch.setattr("minimoe.model.causal_attention._KEPT", kept)
+    monkeypatch.setattr(causal_attention, "_KEPT", kept)
+    monkeypatch.setattr(causal_attention, "_TOGETHER", 300)  # so that each row is a part of its own
+    computed = MagicMock(side_effect=causal_attention._probabilities)
+    monkeypatch.setattr(causal_attention, "_probabilities", computed)
     config = tiny_config(
         num_attention_heads=4, num_key_value_heads=kv_heads, attn_implementation="sdpa", max_position_embeddings=300
     )
@@ -45,6 +51,7 @@ def test_training_attention_equals_torch_attention_in_values_and_gradients(
     positions = MiniMoeRotaryEmbedding(config)(x, torch.arange(300)[None])
     monkeypatch.setattr(MiniMoeAttention, "_blocks_pay", lambda *_: True)
     results = run(block, x, positions, documents, dtype)
+    assert computed.call_count == (6 if kept == 300 else 12)  # three blocks a row; once, or again backwards
     monkeypatch.setattr(MiniMoeAttention, "_blocks_pay", lambda *_: False)
     expected = run(block, x, positions, documents, torch.float32)
     for name, value in results.items():
@@ -111,6 +118,17 @@ def test_a_changed_projection_counts_in_training_attention_too(change, monkeypat
         monkeypatch.setattr(MiniMoeAttention, "_blocks_pay", lambda *_, blocks=blocks: blocks)
         outputs.append(block(x, positions)[0])
     assert relative_error(*outputs) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["v_proj", "q_norm"])
+def test_a_backward_hook_is_called_in_training_attention_too(name, monkeypatch):
+    block = MiniMoeAttention(tiny_config(attn_implementation="sdpa"), 0).train()
+    monkeypatch.setattr("minimoe.model.attention.onednn_multiplies", lambda *_: True)
+    seen = []
+    getattr(block, name).register_full_backward_hook(lambda *_: seen.append(name))
+    x = torch.randn(1, 40, 32, requires_grad=True)
+    block(x, MiniMoeRotaryEmbedding(block.config)(x, torch.arange(40)[None]))[0].sum().backward()
+    assert seen == [name]
 
 
 class Doubled(MiniMoeRMSNorm):

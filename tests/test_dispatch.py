@@ -141,11 +141,12 @@ def test_an_idle_expert_gets_a_gradient_of_zeros_so_that_data_parallel_training_
 
 
 def test_bf16_computes_few_different_numbers_of_rows_and_float32_its_own():
-    cpu, sizes = torch.device("cpu"), range(1, 4097)
+    cpu, sizes = torch.device("cpu"), range(1, 8193)
     rounded = [few_sizes(size, cpu, torch.bfloat16) for size in sizes]
-    assert all(size <= more < min(1.125 * size, size + 64) for size, more in zip(sizes, rounded, strict=True))
-    # 1 to 7; eight from each power of two to the next, 8 to 1024; every 64th from there
-    assert len(set(rounded)) == 7 + 7 * 8 + 3072 // 64 + 1
+    assert all(size <= more < 1.125 * size for size, more in zip(sizes, rounded, strict=True))
+    assert all(more - size < max(64, size / 32) for size, more in zip(sizes, rounded, strict=True))
+    # 1 to 7; eight from each power of two to the next, 8 to 1024; then 16, and 32 from 2048 on
+    assert len(set(rounded)) == 7 + 7 * 8 + 16 + 2 * 32 + 1
     assert few_sizes(0, cpu, torch.bfloat16) == 0
     assert few_sizes(1001, cpu, torch.float32) == few_sizes(1001, torch.device("meta"), torch.bfloat16) == 1001
     assert groups_of_rows([6, 6, 20], cpu, torch.float32) == ([(0, slice(0, 6), 6), (2, slice(6, 20), 14)], 20)

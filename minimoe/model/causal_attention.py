@@ -11,7 +11,7 @@ Where documents share a row, a block sees the keys from the start of its first q
 the rest: however many documents there are, a row has the same few products, and none is larger than without them.
 
 One row at a time, or a few short ones together, everything stays in the cache. Kept for backward: the input, from which
-the heads are prepared again, and of short rows the probabilities, n*n a head; of long ones they are computed again.
+the heads are prepared again, and of short rows the probabilities; those of long ones are computed again.
 
 C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, m keys that a block sees.
 """

@@ -53,12 +53,12 @@ def few_sizes(size: int, device: torch.device, dtype: torch.dtype) -> int:
 
     Building a kernel for a new number of rows takes about as long as a small product, and as kernels lie among the
     activations, memory that cannot be used again grows by hundreds of megabytes. So numbers are rounded up to one of
-    eight between a power of two and the next, large ones by less than 64: of a large group's rows those are few, and
-    groups that large differ less in size.
+    eight between a power of two and the next; above 1024, where groups differ less in size, of 16, above 2048 of 32.
     """
     if not onednn_multiplies(device, dtype):
         return size
-    multiple = min(1 << size.bit_length() >> 4 or 1, 64)
+    octave = 1 << size.bit_length() >> 1  # the power of two below
+    multiple = min(octave >> 3 or 1, max(octave >> 5, 64))
     return -(-size // multiple) * multiple
 
 
