@@ -31,6 +31,7 @@ MARKER = "<!-- figures: written by scripts/benchmark.py, do not edit below -->"
 TRAINERS = "minimoe,qwen3 eager,qwen3 grouped_mm,qwen3 grouped_mm compiled,qwen3 literal loop,dense".split(",")
 GENERATORS = ("minimoe", "minimoe int8", "qwen3 eager", "qwen3 grouped_mm")
 ROUTINGS = ((4, 1408, 2), (8, 768, 2), (16, 512, 4), (32, 256, 4), (64, 256, 4))  # experts, width, k
+QUIET = 0.5  # seconds before each turn: the threads of the last one go on spinning for 0.25
 SECTIONS = "train layer attention decode rounding data".split()
 
 
@@ -39,8 +40,7 @@ class Worker:
 
     def __init__(self, job: str, **arguments: Any) -> None:
         command = [sys.executable, __file__, "--worker", json.dumps({"job": job, **arguments})]
-        # What `minimoe` sets for itself, here for every subject. A worker that waits for its turn spins some 10 ms,
-        # then it sleeps.
+        # What `minimoe` sets for itself, here for every subject.
         environment = {**os.environ, "OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000000"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -55,6 +55,7 @@ class Worker:
 
     def go(self) -> Figures:
         assert self.process.stdin is not None
+        time.sleep(QUIET)
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self.answer()
