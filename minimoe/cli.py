@@ -226,7 +226,7 @@ def _join_flags(words: list[str]) -> list[str]:
 def main() -> NoReturn:
     """Entry point: run a command, turn errors into messages and exit codes."""
     # Small models start thousands of parallel regions a second. OpenMP's workers wait for the next one by spinning
-    # (some 10 ms, then they sleep) instead of sleeping at once: measured 1.1 to 1.4 times the training speed on 2
+    # (here for 0.25 s, then they sleep) instead of sleeping at once: measured 1.1 to 1.4 times the training speed on 2
     # cores. Read when torch is loaded, so it must be set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000000")
