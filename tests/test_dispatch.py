@@ -73,7 +73,7 @@ def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case
 
 @pytest.mark.parametrize("rows", [1, 10, 74])
 def test_rows_return_to_their_tokens_the_same_whatever_the_block(rows, monkeypatch):
-    monkeypatch.setattr("minimoe.model.dispatch._BLOCK_ROWS", rows)
+    monkeypatch.setattr("minimoe.model.rows._BLOCK_ROWS", rows)
     expert_ids = route("spread", 37, 2)
     output, gradients = run(DISPATCHES["replicated"], torch.float32, expert_ids)
     expected, expected_gradients = run(by_hand, torch.float32, expert_ids)
@@ -171,6 +171,6 @@ def test_both_kernels_equal_one_expert_after_the_other(dtype, sizes):
 
     groups = zip(rows.split(sizes), experts.unstacked(), strict=True)
     expected = results(torch.cat([swiglu(group, *expert) for group, expert in groups]))
-    for kernel in (experts(rows, ends), grouped_mm_swiglu(rows, *weights, ends)):
+    for kernel in (experts(rows, torch.arange(len(rows)), 1, ends), grouped_mm_swiglu(rows, *weights, ends)):
         for value, reference in zip(results(kernel), expected, strict=True):
             assert relative_error(value, reference) <= TOLERANCE[dtype]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minimoe.model.precision import compute_dtype, few_sizes, to_compute_dtype
+from minimoe.model.rows import replicate_rows, sum_slots
 
 aten = torch.ops.aten
 
@@ -30,21 +31,22 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Apply expert e to rows[ends[e-1]:ends[e]].
+    def forward(self, tokens: Tensor, order: Tensor, num_slots: int, ends: Tensor) -> Tensor:
+        """Apply expert e to rows[ends[e-1]:ends[e]], where rows = tokens.repeat_interleave(num_slots, dim=0)[order].
 
         Args:
-            rows: (N, D), sorted by expert.
+            tokens: (T, D).
+            order: (N,) with N = T * num_slots, by expert.
+            num_slots: copies of each token.
             ends: (E,) int64, where each expert's group ends; counts [6, 9, 5] -> ends [6, 15, 20].
 
         Returns:
             (N, D) in the computing dtype (autocast's, if on).
         """
-        (rows,) = to_compute_dtype(rows)
-        if self.stay_on_device(rows):
-            gate_up, down = to_compute_dtype(self.gate_up_proj, self.down_proj)
-            return grouped_mm_swiglu(rows, gate_up, down, ends)
-        return _GroupedSwiGLU.apply(rows, self.gate_up_proj, self.down_proj, ends.tolist())
+        if self.stay_on_device(tokens):
+            tokens, gate_up, down = to_compute_dtype(tokens, self.gate_up_proj, self.down_proj)
+            return grouped_mm_swiglu(replicate_rows(tokens, order, num_slots), gate_up, down, ends)
+        return _GroupedSwiGLU.apply(tokens, order, num_slots, self.gate_up_proj, self.down_proj, ends.tolist())
 
     def stay_on_device(self, rows: Tensor) -> bool:
         """Whether kernels read the groups' sizes where they are, so that the host never waits for the device.
@@ -74,52 +76,60 @@ def grouped_mm_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
-    """SwiGLU of contiguous groups of rows, one expert after the other, in the dtype of `rows`.
+    """SwiGLU of contiguous groups of rows, one expert after the other, in the computing dtype.
 
-    Everything an expert needs beside its rows (weights in the computing dtype, activations, gradients of them) is
-    made for that expert alone: it stays in the cache, and memory that is used again costs no page faults. Saved for
-    backward: rows and the pre-activations; the activation is computed again, which is cheap and saves N*I numbers.
+    Everything an expert needs (its rows, weights in the computing dtype, activations, gradients of them) is made for
+    that expert alone: it stays in the cache, and memory that is used again costs no page faults. Saved for backward:
+    tokens and the pre-activations; rows and activations are made again, which is cheap and saves N*(D + I) numbers.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, ends: list[int]) -> Tensor:
-        width = down.shape[2]
-        groups, length = groups_of_rows(ends, rows.device, rows.dtype)
-        hidden = rows.new_empty(length, 2 * width)
-        out = rows.new_empty(length, rows.shape[1])
+    def forward(
+        ctx: Any, tokens: Tensor, order: Tensor, num_slots: int, gate_up: Tensor, down: Tensor, ends: list[int]
+    ) -> Tensor:
+        width, dtype = down.shape[2], compute_dtype(tokens.device, tokens.dtype)
+        ctx.num_slots, ctx.grad_dtype = num_slots, tokens.dtype
+        groups, length = groups_of_rows(ends, tokens.device, dtype)
+        tokens = tokens.to(dtype)
+        token_ids = F.pad(order // num_slots, (0, length - len(order)))
+        hidden = tokens.new_empty(length, 2 * width)
+        out = tokens.new_empty(length, tokens.shape[1])
         for expert, group, _ in groups:
-            torch.mm(_take(rows, group), gate_up[expert].to(rows.dtype).t(), out=hidden[group])
+            rows = tokens.index_select(0, token_ids[group])
+            torch.mm(rows, gate_up[expert].to(dtype).t(), out=hidden[group])
             activated = F.silu(hidden[group, :width]).mul_(hidden[group, width:])  # (n, I)
-            torch.mm(activated, down[expert].to(rows.dtype).t(), out=out[group])
-        ctx.save_for_backward(rows, gate_up, down, hidden)
+            torch.mm(activated, down[expert].to(dtype).t(), out=out[group])
+        ctx.save_for_backward(tokens, token_ids, order, gate_up, down, hidden)
         ctx.groups = groups
-        return out[: rows.shape[0]]
+        return out[: len(order)]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        rows, gate_up, down, hidden = ctx.saved_tensors
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, token_ids, order, gate_up, down, hidden = ctx.saved_tensors
         width = down.shape[2]
         grad_out = grad_out.contiguous()
-        grad_rows = rows.new_empty(hidden.shape[0], rows.shape[1])
+        grad_rows = tokens.new_empty(hidden.shape[0], tokens.shape[1])
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         for expert, group, size in ctx.groups:
-            group_rows, grad_group = _take(rows, group), _take(grad_out, group)
+            grad_group = _take(grad_out, group)
             gate, up = hidden[group, :width], hidden[group, width:]
             silu = F.silu(gate)
             activated = silu * up  # (n, I)
-            grad_activated = grad_group @ down[expert].to(rows.dtype)
-            grad_hidden = rows.new_empty(activated.shape[0], 2 * width)
+            grad_activated = grad_group @ down[expert].to(tokens.dtype)
+            grad_hidden = tokens.new_empty(activated.shape[0], 2 * width)
             torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
             aten.silu_backward(grad_activated.mul_(up), gate, grad_input=grad_hidden[:, :width])
             activated[size:] = grad_hidden[size:] = 0  # rows of other experts add nothing to this one's weights
             _product_into(grad_down[expert], grad_group.t(), activated)
-            _product_into(grad_gate_up[expert], grad_hidden.t(), group_rows)
-            torch.mm(grad_hidden, gate_up[expert].to(rows.dtype), out=grad_rows[group])
+            torch.mm(grad_hidden, gate_up[expert].to(tokens.dtype), out=grad_rows[group])
+            rows = tokens.index_select(0, token_ids[group])
+            _product_into(grad_gate_up[expert], grad_hidden.t(), rows)
         for expert in set(range(len(down))).difference(group.expert for group in ctx.groups):
             grad_down[expert].zero_()
             grad_gate_up[expert].zero_()
-        return grad_rows[: rows.shape[0]], grad_gate_up, grad_down, None
+        grad_tokens = sum_slots(grad_rows, order, ctx.num_slots, ctx.grad_dtype)
+        return grad_tokens, None, None, grad_gate_up, grad_down, None
 
 
 def _take(rows: Tensor, group: slice) -> Tensor:
