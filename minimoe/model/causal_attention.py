@@ -11,7 +11,7 @@ Where documents share a row, a block sees the keys from the start of its first q
 the rest: however many documents there are, a row has the same few products, and none is larger than without them.
 
 One row at a time, or a few short ones together, everything stays in the cache. Kept for backward: the input, from which
-the heads are prepared again, and of short rows the probabilities; those of long ones are computed again.
+the heads are prepared again, and the probabilities where they are few; many are computed again.
 
 C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, m keys that a block sees.
 """
@@ -31,7 +31,7 @@ from minimoe.model.rotary import norm_and_rotate_backward, rotate
 
 _BLOCK = 128  # queries; small blocks skip more of what is masked, large ones make larger products
 _TOGETHER = 1024  # tokens of short rows computed together; more would leave the cache
-_KEPT = 512  # tokens of the longest row whose probabilities are kept; what they take grows with the square
+_KEPT = 1 << 23  # T*H*n, about as many probabilities as are kept; more take memory and save hardly any time
 _MULTIPLE = 32  # numbers of keys: oneDNN builds a kernel for each, so few different ones are used
 
 aten = torch.ops.aten
@@ -79,13 +79,14 @@ class _CausalAttention(torch.autograd.Function):
         parts: list[_Part],
     ) -> Tensor:
         out = qkv.new_empty(qkv.shape[0], (gains.shape[0] - kv_heads) * gains.shape[1])
-        kept = []
+        kept: list[Tensor] = []
+        keep = out.numel() // gains.shape[1] * length <= _KEPT
         for rows, blocks in parts:
             heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
             attended = torch.empty_like(heads_in.q)
             for block in blocks:
                 probabilities = _probabilities(heads_in, block)
-                if length <= _KEPT:
+                if keep:
                     kept.append(probabilities)
                 torch.bmm(probabilities, heads_in.v[:, block.keys], out=attended[:, block.queries])
             out[rows] = _ungroup(attended, kv_heads, length).flatten(1)
