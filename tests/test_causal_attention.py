@@ -29,15 +29,16 @@ def run(block, x, positions, documents, dtype):
     return {"output": y, "x": x.grad} | {name: p.grad.clone() for name, p in block.named_parameters()}
 
 
-@pytest.mark.parametrize("keeps", [True, False], ids=["probabilities kept", "computed again"])
+@pytest.mark.parametrize(("length", "width"), [(300, 32), (299, 32), (300, 31)], ids=["kept", "too long", "too wide"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("documents", [None, [1, 299, 1, 2, 150, 147]], ids=["rows", "documents"])
 def test_training_attention_equals_torch_attention_in_values_and_gradients(
-    documents, kv_heads, dtype, keeps, monkeypatch
+    documents, kv_heads, dtype, length, width, monkeypatch
 ):
     torch.manual_seed(0)
-    monkeypatch.setattr(causal_attention, "_KEPT", 2 * 300 * 4 * 300 - (not keeps))  # rows, tokens, heads, tokens
+    monkeypatch.setattr(causal_attention, "_KEPT_LENGTH", length)  # of the longest rows whose probabilities are kept
+    monkeypatch.setattr(causal_attention, "_KEPT_WIDTH", width)
     monkeypatch.setattr(causal_attention, "_TOGETHER", 300)  # so that each row is a part of its own
     computed = MagicMock(side_effect=causal_attention._probabilities)
     monkeypatch.setattr(causal_attention, "_probabilities", computed)
@@ -51,6 +52,7 @@ def test_training_attention_equals_torch_attention_in_values_and_gradients(
     positions = MiniMoeRotaryEmbedding(config)(x, torch.arange(300)[None])
     monkeypatch.setattr(MiniMoeAttention, "_blocks_pay", lambda *_: True)
     results = run(block, x, positions, documents, dtype)
+    keeps = (length, width) == (300, 32)
     assert computed.call_count == (6 if keeps else 12)  # three blocks a row; once, or again backwards
     monkeypatch.setattr(MiniMoeAttention, "_blocks_pay", lambda *_: False)
     expected = run(block, x, positions, documents, torch.float32)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from tiny import relative_error, tiny_config
 
-from minimoe.model.dispatch import DISPATCHES, sort_by_expert
+from minimoe.model.dispatch import DISPATCHES
 from minimoe.model.experts import Experts, grouped_mm_swiglu, groups_of_rows, swiglu
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.precision import few_sizes
+from minimoe.model.rows import sort_by_expert, sum_slots
 
 # Norm-relative. float32: sums of ~50 products, each rounded to 6e-8. float64 the same with 1e-16.
 # bf16: every path rounds weights, inputs and each product's result to 8 bits (4e-3), in another order.
@@ -132,6 +133,13 @@ def test_sorting_by_expert_gives_the_worked_example_of_the_module():
     order, ends = sort_by_expert(torch.tensor([[2, 0], [0, 1], [2, 0]]), 3)
     assert order.tolist() == [1, 2, 5, 3, 0, 4]
     assert ends.tolist() == [3, 4, 6]
+
+
+def test_the_gradient_of_a_token_in_bf16_is_rounded_once_not_for_every_slot():
+    torch.manual_seed(0)
+    rows, order = torch.randn(37 * 5, HIDDEN).bfloat16(), torch.randperm(37 * 5)
+    exact = rows.double()[order.argsort()].view(37, 5, HIDDEN).sum(1)
+    assert torch.equal(sum_slots(rows, order, 5, torch.bfloat16), exact.bfloat16())
 
 
 def test_an_idle_expert_gets_a_gradient_of_zeros_so_that_data_parallel_training_cannot_hang():

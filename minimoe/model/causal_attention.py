@@ -11,7 +11,7 @@ Where documents share a row, a block sees the keys from the start of its first q
 the rest: however many documents there are, a row has the same few products, and none is larger than without them.
 
 One row at a time, or a few short ones together, everything stays in the cache. Kept for backward: the input, from which
-the heads are prepared again, and the probabilities where they are few; many are computed again.
+the heads are prepared again, and in small models the probabilities of short rows; others are computed again.
 
 C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, m keys that a block sees.
 """
@@ -31,7 +31,9 @@ from minimoe.model.rotary import norm_and_rotate_backward, rotate
 
 _BLOCK = 128  # queries; small blocks skip more of what is masked, large ones make larger products
 _TOGETHER = 1024  # tokens of short rows computed together; more would leave the cache
-_KEPT = 1 << 23  # T*H*n, about as many probabilities as are kept; more take memory and save hardly any time
+# Up to which probabilities are kept for backward. What they take grows with the square of a row's length. What they
+# save was measured with rows of 512 tokens: a twentieth of a step at H*d = 256, at most a fiftieth at 512.
+_KEPT_LENGTH, _KEPT_WIDTH = 512, 256  # n, H*d
 _MULTIPLE = 32  # numbers of keys: oneDNN builds a kernel for each, so few different ones are used
 
 aten = torch.ops.aten
@@ -80,7 +82,7 @@ class _CausalAttention(torch.autograd.Function):
     ) -> Tensor:
         out = qkv.new_empty(qkv.shape[0], (gains.shape[0] - kv_heads) * gains.shape[1])
         kept: list[Tensor] = []
-        keep = out.numel() // gains.shape[1] * length <= _KEPT
+        keep = length <= _KEPT_LENGTH and out.shape[1] <= _KEPT_WIDTH
         for rows, blocks in parts:
             heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
             attended = torch.empty_like(heads_in.q)

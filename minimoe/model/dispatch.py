@@ -5,7 +5,7 @@ T tokens, D hidden, E experts, k experts per token.
 Every entry of `DISPATCHES` is one pure function of (tokens, expert_ids, weights, experts), in three steps:
 dispatch, experts, combine. They compute the same values and the same gradients; the tests hold every entry to
 that. `replicated` is written for training: slots are independent, so gradients are simple. `grouped` is written
-for inference: nothing is copied k times, and the (T*k, D) output is never built. Both algorithms come from
+for inference: the (T*k, D) output is never built. Both algorithms come from
 minimind's MoE block (jingyaogong/minimind, May 2025).
 
 Worked example, T = 3 tokens, k = 2, E = 3:
@@ -44,9 +44,9 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
     Returns:
         (T, D) in the dtype of `tokens`.
     """
-    # dispatch: one row per slot, brought into the order of the experts
+    # dispatch: one row per slot, in the order of the experts
     order, ends = sort_by_expert(expert_ids, experts.down_proj.shape[0])
-    # experts: each computes its contiguous rows of tokens.repeat_interleave(k, dim=0)[order]
+    # experts: each gathers and computes its contiguous rows of tokens.repeat_interleave(k, dim=0)[order]
     outputs = experts(tokens, order, expert_ids.shape[1], ends)  # (T*k, D)
     # combine: every result returns to its slot; k weighted slots make one token
     return combine_rows(outputs, order, weights).to(tokens.dtype)

@@ -1,6 +1,6 @@
 """Stacked SwiGLU expert weights, and the kernels that apply them to rows sorted by expert.
 
-N rows, D hidden, E experts, I expert width.
+T tokens, N rows (copies of tokens), D hidden, E experts, I expert width.
 
 All experts live in two tensors. That keeps every expert in the graph whether or not a token chose it (an idle
 expert cannot hang data-parallel training), and lets one function compute all groups. `weight[e]` in a loop under
@@ -36,8 +36,8 @@ class Experts(nn.Module):
 
         Args:
             tokens: (T, D).
-            order: (N,) with N = T * num_slots, by expert.
-            num_slots: copies of each token.
+            order: (N,), which slot each row is, sorted by expert; slot s belongs to token s // num_slots.
+            num_slots: copies of each token; N = T * num_slots.
             ends: (E,) int64, where each expert's group ends; counts [6, 9, 5] -> ends [6, 15, 20].
 
         Returns:
@@ -78,9 +78,9 @@ def grouped_mm_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor)
 class _GroupedSwiGLU(torch.autograd.Function):
     """SwiGLU of contiguous groups of rows, one expert after the other, in the computing dtype.
 
-    Everything an expert needs (its rows, weights in the computing dtype, activations, gradients of them) is made for
-    that expert alone: it stays in the cache, and memory that is used again costs no page faults. Saved for backward:
-    tokens and the pre-activations; rows and activations are made again, which is cheap and saves N*(D + I) numbers.
+    What an expert reads and makes on the way (its rows, weights in the computing dtype, activations and gradients of
+    them) is made for that expert alone: it stays in the cache, and memory that is used again costs no page faults.
+    Saved for backward: tokens and the pre-activations; rows and activations are made again, which is cheap.
     """
 
     @staticmethod

@@ -44,21 +44,16 @@ def combine_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return _Combine.apply(rows, order, weights)
 
 
-def sum_slots(rows: Tensor, order: Tensor, num_slots: int, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
-    """Undo `order` and sum each token's k rows, weighted by (T, k) or plain: (T*k, D) -> (T, D) in `dtype`.
+def sum_slots(rows: Tensor, order: Tensor, num_slots: int, dtype: torch.dtype) -> Tensor:
+    """Backward of `replicate_rows`: undo `order` and sum each token's k rows, (T*k, D) -> (T, D) in `dtype`.
 
-    Plain it is the backward of `replicate_rows`. Has no gradient of its own.
+    Adds up in float32 at least and rounds once. Only for use inside an `autograd.Function`.
     """
     places = _inverse(order).view(-1, num_slots)  # (T, k): the row of each slot
     tokens = rows.new_empty(len(places), rows.shape[1], dtype=dtype)
     for block in _blocks(places):
-        out = tokens[block].zero_()
-        for slot in range(num_slots):
-            chosen = rows.index_select(0, places[block, slot]).to(dtype)
-            if weights is None:
-                out.add_(chosen)
-            else:
-                out.addcmul_(chosen, weights[block, slot, None])
+        slots = rows.index_select(0, places[block].flatten()).view(-1, num_slots, rows.shape[1])
+        torch.sum(slots, dim=1, dtype=dtype, out=tokens[block])
     return tokens
 
 
@@ -80,7 +75,15 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, order, weights)
-        return sum_slots(rows, order, weights.shape[1], torch.promote_types(rows.dtype, weights.dtype), weights)
+        places = _inverse(order).view(weights.shape)  # (T, k): the row of each slot
+        dtype = torch.promote_types(rows.dtype, weights.dtype)
+        combined = rows.new_empty(len(weights), rows.shape[1], dtype=dtype)
+        for block in _blocks(places):
+            out = combined[block].zero_()
+            for slot in range(weights.shape[1]):
+                chosen = rows.index_select(0, places[block, slot]).to(dtype)
+                out.addcmul_(chosen, weights[block, slot, None])
+        return combined
 
     @staticmethod
     @once_differentiable
