@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a model that follows instructions: 9 to 12 minutes on 2 CPU cores after installation.
+# From nothing to a model that follows instructions: 8 to 12 minutes on 2 CPU cores after installation.
 # Run it again and it picks up where it left off: finished stages are skipped, an interrupted one is resumed.
 set -euo pipefail
 cd "$(dirname "$0")/.."

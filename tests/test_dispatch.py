@@ -142,6 +142,16 @@ def test_the_gradient_of_a_token_in_bf16_is_rounded_once_not_for_every_slot():
     assert torch.equal(sum_slots(rows, order, 5, torch.bfloat16), exact.bfloat16())
 
 
+def test_experts_keep_no_copies_of_tokens_for_backward():
+    experts, tokens = Experts(NUM_EXPERTS, HIDDEN, WIDTH), torch.randn(37, HIDDEN, requires_grad=True)
+    order, ends = sort_by_expert(route("spread", 37, 2), NUM_EXPERTS)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
+        experts(tokens, order, 2, ends)
+    assert (37, HIDDEN) in kept
+    assert (74, HIDDEN) not in kept
+
+
 def test_an_idle_expert_gets_a_gradient_of_zeros_so_that_data_parallel_training_cannot_hang():
     _, gradients = run(DISPATCHES["replicated"], torch.float32, torch.zeros(4, 1, dtype=torch.long))
     assert gradients["gate_up_proj"][1:].abs().sum() == 0

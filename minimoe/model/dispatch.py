@@ -5,8 +5,8 @@ T tokens, D hidden, E experts, k experts per token.
 Every entry of `DISPATCHES` is one pure function of (tokens, expert_ids, weights, experts), in three steps:
 dispatch, experts, combine. They compute the same values and the same gradients; the tests hold every entry to
 that. `replicated` is written for training: slots are independent, so gradients are simple. `grouped` is written
-for inference: the (T*k, D) output is never built. Both algorithms come from
-minimind's MoE block (jingyaogong/minimind, May 2025).
+for inference: the (T*k, D) output is never built. Both algorithms come from minimind's MoE block
+(jingyaogong/minimind, May 2025).
 
 Worked example, T = 3 tokens, k = 2, E = 3:
 
