@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from tiny import tiny_config
 
 from minimoe.model.router import TopKRouter
@@ -49,6 +50,20 @@ def test_the_router_computes_in_float32_under_autocast_and_for_half_precision_in
     assert routing.logits.dtype == routing.weights.dtype == torch.float32
     assert torch.equal(routing.logits, exact.logits)
     assert router(tokens.bfloat16()).logits.dtype == torch.float32
+
+
+def test_half_precision_tokens_are_kept_as_they_are_and_get_the_gradients_of_float32_products():
+    router, tokens = make_router(), torch.randn(37, 32).bfloat16().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):
+        logits = router(tokens).logits
+    assert [tensor.dtype for tensor in kept if tensor.shape == tokens.shape] == [torch.bfloat16]
+    upstream = torch.randn_like(logits)
+    actual = torch.autograd.grad(logits, (tokens, router.weight), upstream)
+    exact = F.linear(tokens.float(), router.weight)
+    for gradient, expected in zip(actual, torch.autograd.grad(exact, (tokens, router.weight), upstream), strict=True):
+        assert gradient.dtype == expected.dtype
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_the_bias_update_favours_idle_experts_and_hinders_busy_ones():

@@ -19,6 +19,7 @@ from minimoe.model.precision import few_sizes, to_compute_dtype
 
 IGNORE_INDEX = -100  # label of positions that are not learned; torch's and transformers' convention
 _CHUNK_ROWS = 1024  # rows of logits held at once by `fused_next_token_loss`
+_BLOCK_ROWS = 128  # of them, those whose probabilities are: on a CPU they stay in the cache
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, num_targets: Tensor | int | None = None) -> Tensor:
@@ -44,7 +45,7 @@ def fused_next_token_loss(
 ) -> Tensor:
     """`next_token_loss(hidden @ weight.T, targets, num_targets)` without ever holding the logits (N, V).
 
-    Rows are taken in chunks that stay in the cache; each chunk's gradient is computed on the spot, while its
+    Rows are taken in chunks; the gradient of each chunk's logits takes their place on the spot, while the
     probabilities are at hand, so backward only scales.
 
     Args:
@@ -71,25 +72,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = any(ctx.needs_input_grad)
-        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        memory = hidden.new_empty(min(_CHUNK_ROWS, hidden.shape[0]), weight.shape[0])  # for each chunk in turn
+        block_rows = _BLOCK_ROWS if hidden.device.type == "cpu" else _CHUNK_ROWS
         for start in range(0, hidden.shape[0], _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
             chunk, target = hidden[rows], targets[rows]
-            logits = chunk @ weight.t()  # (n, V)
-            probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-            # log sum exp(x) = max(x) - log(max(p)), since the likeliest token has p = exp(max - logsumexp)
-            normaliser = logits.amax(-1).float() - probabilities.amax(-1).log()  # (n,)
-            counts = target != IGNORE_INDEX
-            safe = target.clamp(min=0)[:, None]
-            losses = normaliser - logits.gather(1, safe)[:, 0].float()
-            total += (losses * counts).sum()
+            logits = torch.mm(chunk, weight.t(), out=memory[: chunk.shape[0]])  # (n, V)
+            for block, block_targets in zip(logits.split(block_rows), target.split(block_rows), strict=True):
+                losses, gradients = _cross_entropies(block, block_targets)
+                total += losses.sum()
+                if needs_grad:
+                    block.copy_(gradients)
             if grad_hidden is not None and grad_weight is not None:
-                # d loss / d logits = p - onehot(target), 0 for rows that do not count
-                probabilities.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=torch.float32))
-                grad_logits = probabilities.mul_(counts[:, None]).to(hidden.dtype)
-                grad_hidden[rows] = grad_logits @ weight
-                grad_weight += grad_logits.t() @ chunk
+                torch.mm(logits, weight, out=grad_hidden[rows])
+                grad_weight += logits.t() @ chunk
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -100,6 +98,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None
+
+
+def _cross_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (n,) of logits (n, V), and their gradients (n, V), in float32; both 0 where the target is ignored."""
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)
+    # log sum exp(x) = max(x) - log(max(p)), since the likeliest token has p = exp(max - logsumexp)
+    normaliser = logits.amax(-1).float() - probabilities.amax(-1).log()  # (n,)
+    counts = targets != IGNORE_INDEX
+    safe = targets.clamp(min=0)[:, None]
+    losses = normaliser - logits.gather(1, safe)[:, 0].float()
+    # d loss / d logits = p - onehot(target)
+    probabilities.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=torch.float32))
+    return losses * counts, probabilities.mul_(counts[:, None])
 
 
 def expert_counts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:

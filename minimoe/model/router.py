@@ -9,11 +9,12 @@ arXiv 2408.15664).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minimoe.model.config import MiniMoeConfig
 
@@ -43,7 +44,8 @@ class TopKRouter(nn.Module):
     def forward(self, tokens: Tensor) -> RouterOutput:
         """Route tokens (T, D)."""
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.float(), self.weight.float())
+            linear = F.linear if tokens.dtype == torch.float32 else _Float32Linear.apply
+            logits = linear(tokens, self.weight.float())
             if self.scoring_func == "softmax":
                 scores = selection = probabilities = logits.softmax(dim=-1)
             else:
@@ -68,3 +70,18 @@ class TopKRouter(nn.Module):
         load = counts.to(torch.float32)
         bias = self.get_buffer("e_score_correction_bias")
         bias += rate * torch.sign(load.mean() - load)
+
+
+class _Float32Linear(torch.autograd.Function):
+    """`F.linear(tokens.float(), weight)` that keeps the tokens for backward as they are, not twice as large."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return F.linear(tokens.float(), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, weight = ctx.saved_tensors
+        return (grad @ weight).to(tokens.dtype), grad.t() @ tokens.float()
