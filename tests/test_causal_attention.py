@@ -38,7 +38,7 @@ def test_training_attention_equals_torch_attention_in_values_and_gradients(
 ):
     torch.manual_seed(0)
     monkeypatch.setattr(causal_attention, "_KEPT_LENGTH", length)  # of the longest rows whose probabilities are kept
-    monkeypatch.setattr(causal_attention, "_KEPT_WIDTH", width)
+    monkeypatch.setattr(causal_attention, "_KEPT_BYTES", width * dtype.itemsize)
     monkeypatch.setattr(causal_attention, "_TOGETHER", 300)  # so that each row is a part of its own
     computed = MagicMock(side_effect=causal_attention._probabilities)
     monkeypatch.setattr(causal_attention, "_probabilities", computed)

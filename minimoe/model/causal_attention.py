@@ -32,8 +32,9 @@ from minimoe.model.rotary import norm_and_rotate_backward, rotate
 _BLOCK = 128  # queries; small blocks skip more of what is masked, large ones make larger products
 _TOGETHER = 1024  # tokens of short rows computed together; more would leave the cache
 # Up to which probabilities are kept for backward. What they take grows with the square of a row's length. What they
-# save was measured with rows of 512 tokens: a twentieth of a step at H*d = 256, at most a fiftieth at 512.
-_KEPT_LENGTH, _KEPT_WIDTH = 512, 256  # n, H*d
+# save was measured with rows of 512 tokens: at H*d = 256 a twentieth of a step, at 512 in bf16 2 to 4 hundredths and
+# in float32, where they take twice as much, at most 2.
+_KEPT_LENGTH, _KEPT_BYTES = 512, 1024  # n; of a token's H*d numbers
 _MULTIPLE = 32  # numbers of keys: oneDNN builds a kernel for each, so few different ones are used
 
 aten = torch.ops.aten
@@ -82,7 +83,7 @@ class _CausalAttention(torch.autograd.Function):
     ) -> Tensor:
         out = qkv.new_empty(qkv.shape[0], (gains.shape[0] - kv_heads) * gains.shape[1])
         kept: list[Tensor] = []
-        keep = length <= _KEPT_LENGTH and out.shape[1] <= _KEPT_WIDTH
+        keep = length <= _KEPT_LENGTH and out.shape[1] * out.itemsize <= _KEPT_BYTES
         for rows, blocks in parts:
             heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
             attended = torch.empty_like(heads_in.q)
