@@ -209,7 +209,9 @@ def _one_of(resume: bool, overwrite: bool) -> None:
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
     from minimoe.config import GenerateRun, load_config
 
-    return load_config(GenerateRun, config, [f"generation.{word}" for word in _join_flags(overrides)]).generation
+    # Bare, or with their section as the YAML file has them.
+    dotted = [f"generation.{word.removeprefix('generation.')}" for word in _join_flags(overrides)]
+    return load_config(GenerateRun, config, dotted).generation
 
 
 def _join_flags(words: list[str]) -> list[str]:

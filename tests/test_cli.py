@@ -13,9 +13,10 @@ def test_decoding_settings_are_flags_or_overrides(tmp_path):
     path = tmp_path / "generate.yaml"
     path.write_text("generation: {top_k: 3, seed: 5}\n")
     words = ["--temperature", "0", "--max-new-tokens=7", "top_p=0.5", "--stop", "[a, b]", "--top-k", "9"]
+    words.append("generation.min_p=0.1")
     settings = _generation_settings(path, words)
     assert (settings.temperature, settings.max_new_tokens, settings.top_p) == (0, 7, 0.5)
-    assert (settings.top_k, settings.seed, settings.stop) == (9, 5, ("a", "b"))
+    assert (settings.top_k, settings.seed, settings.stop, settings.min_p) == (9, 5, ("a", "b"), 0.1)
 
 
 @pytest.mark.parametrize(
