@@ -37,7 +37,7 @@ from minimoe.model.experts import Experts
 from minimoe.model.feed_forward import SwiGLU
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.norm import MiniMoeRMSNorm
-from minimoe.model.rotary import MiniMoeRotaryEmbedding, rotate
+from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import TopKRouter
 
 MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes twice as much again
@@ -132,11 +132,13 @@ class PackedModel:
         """As `__call__`, -> (B, n, D) before the last norm."""
         batch, num_tokens = input_ids.shape
         x = self._model.model.embed_tokens(input_ids)  # (B, n, D)
-        cos_sin = self._model.model.rotary_emb(x.float(), position_ids)
+        cos, sin = (part.unsqueeze(2) for part in self._model.model.rotary_emb(x.float(), position_ids))
+        first, second = sin.chunk(2, dim=-1)
+        signed_sin = torch.cat((-first, second), dim=-1)
         bias = _attention_bias(mask, num_tokens, cache.get_seq_length(), x.dtype)
         x = x.flatten(0, 1)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            x = layer(x, (batch, num_tokens), cos_sin, bias, layer_cache)
+            x = layer(x, (batch, num_tokens), cos, signed_sin, bias, layer_cache)
         return x.view(batch, num_tokens, -1)
 
 
@@ -159,15 +161,18 @@ class PackedLayer:
         self,
         x: Tensor,
         shape: tuple[int, int],
-        cos_sin: tuple[Tensor, Tensor],
+        cos: Tensor,
+        signed_sin: Tensor,
         bias: Tensor | None,
         cache: PreallocatedLayer,
     ) -> Tensor:
-        """x (T, D) -> (T, D)."""
+        """x (T, D) -> (T, D); cos, signed_sin (B, n, 1, d), the first half of the sines negated."""
         batch, num_tokens = shape
         qkv = self._qkv(self._input_norm(x)).view(batch, num_tokens, self._heads + 2 * self._kv_heads, self._head_dim)
         qk, v = qkv.split([self._heads + self._kv_heads, self._kv_heads], dim=2)
-        qk = rotate(self._qk_norm(qk.float()), *cos_sin).to(v.dtype)  # (B, n, H + K, d)
+        qk = self._qk_norm(qk.float())  # (B, n, H + K, d)
+        # `rotate` in three calls: halves (a, b) turn to (a cos - b sin, b cos + a sin).
+        qk = (qk * cos).addcmul_(qk.roll(self._head_dim // 2, -1), signed_sin).to(v.dtype)
         q, k = qk.split([self._heads, self._kv_heads], dim=2)
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))  # (B, K, L + n, d)
         if num_tokens == 1:
@@ -184,8 +189,8 @@ class PackedLayer:
                 scale=self._scaling,
                 enable_gqa=self._heads != self._kv_heads,
             ).transpose(1, 2)  # (B, n, H, d)
-        x = x + self._output(out.reshape(x.shape[0], -1))
-        return x + self._mlp(self._post_norm(x))
+        x = self._output(out.reshape(x.shape[0], -1)).add_(x)
+        return self._mlp(self._post_norm(x)).add_(x)
 
 
 class PackedLinear:
@@ -224,6 +229,9 @@ class ColumnTable:
         columns = padded.view(count, blocks, size, self._inputs).transpose(2, 3)  # (E, P, in, size)
         self._columns = columns.reshape(-1, size)
         self._rows = torch.arange(len(self._columns), dtype=torch.int32).view(count, -1)  # (E, P*in)
+        # Where each bag starts among the rows, for as many vectors as there may be.
+        self._blocks, vectors = blocks, SLOTS_PER_EXPERT * count
+        self._starts = torch.arange(0, vectors * blocks * self._inputs, self._inputs, dtype=torch.int32)
 
     @classmethod
     def _cut(cls, outputs: int, multiple: int) -> tuple[int, int]:
@@ -238,10 +246,10 @@ class ColumnTable:
         return matrices
 
     def __call__(self, x: Tensor, matrix_ids: Tensor | None = None) -> Tensor:
-        """x (N, in), matrix_ids (N,) or None for the only matrix -> (N, out)."""
+        """x (N, in), matrix_ids (N,) or None for the only matrix -> (N, out); N is at most SLOTS_PER_EXPERT * E."""
         rows = self._rows if matrix_ids is None else self._rows.index_select(0, matrix_ids)  # (N, P*in)
-        weights = x.unsqueeze(1).expand(len(x), rows.shape[1] // self._inputs, self._inputs).reshape(-1)
-        starts = torch.arange(0, rows.numel(), self._inputs, dtype=torch.int32)
+        weights = x.unsqueeze(1).expand(len(x), self._blocks, self._inputs).reshape(-1)
+        starts = self._starts[: len(x) * self._blocks]
         return self._sums(rows.flatten(), starts, weights).view(len(x), -1)[:, : self._outputs]
 
     def _sums(self, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
@@ -299,7 +307,7 @@ class PackedNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x * (self._weight / torch.hypot(length, self._floor))).to(x.dtype)
+        return (x * self._weight).div_(torch.hypot(length, self._floor)).to(x.dtype)
 
 
 class PackedSwiGLU:
@@ -315,20 +323,38 @@ class PackedSwiGLU:
 def gated(hidden: Tensor) -> Tensor:
     """(N, 2I), gate first -> silu(gate) * up (N, I)."""
     gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
+
+
+class PackedRouter:
+    """The model's router without what only training looks at, the probabilities of all experts."""
+
+    def __init__(self, router: TopKRouter) -> None:
+        self._router = router
+        self._few_calls = router.scoring_func == "softmax" and router.norm_topk_prob
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (T, D) -> expert_ids (T, k), weights (T, k) in float32."""
+        router = self._router
+        if not self._few_calls:
+            routing = router(tokens)
+            return routing.expert_ids, routing.weights
+        logits = F.linear(tokens.float(), router.weight.float())
+        chosen, expert_ids = logits.topk(router.num_experts_per_tok, dim=-1)
+        weights = chosen.softmax(dim=-1)  # the softmax of all, divided by its sum over the chosen
+        return expert_ids, weights if router.routed_scaling_factor == 1 else weights * router.routed_scaling_factor
 
 
 class PackedMoE:
-    """The MoE block. The router is the model's own."""
+    """The MoE block."""
 
     def __init__(self, block: MoEFeedForward, table: type[ColumnTable]) -> None:
-        self._gate = block.gate
+        self._router = PackedRouter(block.gate)
         self._experts = PackedExperts(block.experts, table)
         self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts, table)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        routing = self._gate(tokens)
-        y = self._experts(tokens, routing.expert_ids, routing.weights)
+        y = self._experts(tokens, *self._router(tokens))
         return y if self._shared is None else y + self._shared(tokens)
 
 
@@ -347,8 +373,8 @@ class PackedExperts:
             outputs = self._as_vectors(tokens.expand(k, -1), flat)
         else:
             # Sorted by expert, so that a matrix is read by neighbours while it is in the cache.
-            order = flat.argsort(stable=True)
-            rows, ids = tokens.index_select(0, order // k), flat.index_select(0, order)
+            ids, order = flat.sort(stable=True)
+            rows = tokens.index_select(0, order // k)
             run = self._as_vectors if len(flat) <= SLOTS_PER_EXPERT * self._num_experts else self._one_by_one
             outputs = torch.empty_like(rows).index_copy_(0, order, run(rows, ids))
         # (T, 1, k) @ (T, k, D), summed in float32 as the dispatch paths do
