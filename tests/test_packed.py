@@ -25,11 +25,13 @@ TOLERANCE = 1e-5  # float32: sums of up to ~50 products, each rounded to 6e-8, i
 VARIANTS = {
     "softmax": {},
     "not normalised": {"norm_topk_prob": False, "routed_scaling_factor": 2.5},
+    "scaled weights": {"routed_scaling_factor": 2.5},
     "sigmoid": {"scoring_func": "sigmoid", "routed_scaling_factor": 1.5},
     "shared experts": {"n_shared_experts": 2},
     "dense first": {"first_k_dense_replace": 1},
     "dense": {"first_k_dense_replace": 3},
     "one expert a token": {"num_experts_per_tok": 1},
+    "one expert": {"num_experts": 1, "num_experts_per_tok": 1},
     "many experts": {"num_experts": 16, "num_experts_per_tok": 4},
     "tied head": {"tie_word_embeddings": True},
     "untied head": {"tie_word_embeddings": False},
