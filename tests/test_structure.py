@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "minimoe"
 BELOW = {
     "errors": set(),
     "failpoints": set(),
-    "model": set(),
+    "kernels": set(),
+    "model": {"kernels"},
     "strict_yaml": {"errors"},
     "config": {"strict_yaml", "errors", "model"},
     "folder": {"errors"},
@@ -23,7 +24,7 @@ BELOW = {
     "data": {"tokenizer", "config", "errors", "model", "failpoints"},
     "loading": {"tokenizer", "config", "errors", "model", "folder"},
     "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
-    "generation": {"loading", "tokenizer", "config", "errors", "model"},
+    "generation": {"loading", "tokenizer", "config", "errors", "model", "kernels"},
     "train": {"generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
     "cli": {"train", "generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model"},
 }

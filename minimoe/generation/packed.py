@@ -3,16 +3,15 @@
 Decoding reads all active weights for a row or a few, so it can be as fast as memory is read. `F.linear` on so few
 rows reaches a third of that speed or less. What comes near it:
 
-- weights that oneDNN has packed once into the blocks its kernels read; whole prompts are faster on them too,
-- single vectors through `embedding_bag` (see `ColumnTable`): the experts of all slots take two calls, where a call
-  for each expert costs as much as its product.
+- few rows go through `kernels.products`, which reads the model's own weights, each matrix once for all its rows,
+- many go through weights that oneDNN has packed once into the blocks its kernels read.
 
 The rest is fewer calls a layer: query, key and value in one product, heads that share keys attended as one, no
-modules. The layouts are copies: with them the weights take about three times the memory.
+modules. The packed layouts are copies: with them the weights take about twice the memory.
 
-With `weights="int8"` every matrix is rounded to 8 bits (see `ByteTable`); embeddings, routers and norms stay as they
-are. Single vectors then read a quarter of the bytes. Several rows are multiplied with the rounded numbers too, in the
-model's dtype: no faster, but the same function, so that a completion does not depend on what else is in its batch.
+With `weights="int8"` every matrix is rounded to 8 bits (see `rounded`); embeddings, routers and norms stay as they are.
+Few rows then read a quarter of the bytes. Many are multiplied with the rounded numbers too, in the model's dtype: no
+faster, but the same function, so that a completion does not depend on what else is in its batch.
 
 B rows, n tokens fed a row, T tokens = B*n, D hidden, H query heads, K key/value heads, d head_dim, L positions in
 the cache, E experts, k experts per token, I expert width, V vocabulary.
@@ -20,7 +19,6 @@ the cache, E experts, k experts per token, I expert width, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -29,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimoe import kernels
 from minimoe.config import WeightsName
 from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
 from minimoe.model.attention import MiniMoeAttention
@@ -42,7 +41,7 @@ from minimoe.model.router import TopKRouter
 
 MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes twice as much again
 ROWS_HINT = 8  # rows that oneDNN picks its blocks for; measured as good from 1 to 128 rows
-SLOTS_PER_EXPERT = 2  # up to so many on average, slots are vectors; above, an expert's rows are one product
+FEW_ROWS = 4  # a matrix, on average; oneDNN is faster from 8 on
 
 
 # A model made of anything else (adapters, quantised layers) is left alone.
@@ -101,11 +100,10 @@ class PackedModel:
     """A copy of the weights, rounded or not, and the step over them."""
 
     def __init__(self, model: MiniMoeForCausalLM, weights: WeightsName = "exact") -> None:
-        table = ByteTable if weights == "int8" else ColumnTable
         self._model = model
-        self._layers = [PackedLayer(layer, table) for layer in model.model.layers]
+        self._layers = [PackedLayer(layer, weights) for layer in model.model.layers]
         self._norm = PackedNorm(model.model.norm)
-        self._head = PackedLinear(table, model.lm_head.weight)
+        self._head = PackedLinear(weights, model.lm_head.weight)
 
     @torch.inference_mode()
     def __call__(
@@ -145,14 +143,14 @@ class PackedModel:
 class PackedLayer:
     """One decoder layer."""
 
-    def __init__(self, layer: nn.Module, table: type[ColumnTable]) -> None:
+    def __init__(self, layer: nn.Module, weights: WeightsName) -> None:
         assert isinstance(layer, MiniMoeDecoderLayer)
-        attention, self._mlp = layer.self_attn, _packed_feed_forward(layer.mlp, table)
+        attention, self._mlp = layer.self_attn, _packed_feed_forward(layer.mlp, weights)
         config = attention.config
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._qkv = PackedLinear(table, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        self._output = PackedLinear(table, attention.o_proj.weight)
+        self._qkv = PackedLinear(weights, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        self._output = PackedLinear(weights, attention.o_proj.weight)
         self._qk_norm = PackedNorm(*[attention.q_norm] * self._heads, *[attention.k_norm] * self._kv_heads)
         self._input_norm = PackedNorm(layer.input_layernorm)
         self._post_norm = PackedNorm(layer.post_attention_layernorm)
@@ -193,104 +191,52 @@ class PackedLayer:
         return self._mlp(self._post_norm(x)).add_(x)
 
 
-class PackedLinear:
-    """x -> x W^T on weights (out, in) that are stacked: packed for many rows, a column table for a single one."""
+class PackedMatrices:
+    """Products of matrices (E, out, in) with rows: for few rows by our kernel, for many by oneDNN."""
 
-    def __init__(self, table: type[ColumnTable], *weights: Tensor) -> None:
-        weight = torch.cat(weights).detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(table.kept(weight), ROWS_HINT)
-        self._table = table(weight[None])
+    def __init__(self, matrices: Tensor, weights: WeightsName) -> None:
+        matrices = matrices.detach().contiguous()
+        self._matrices, self._scales, self._dtype = matrices, None, matrices.dtype
+        if weights == "int8":
+            self._matrices, self._scales = rounded(matrices)
+        self._only = torch.zeros(FEW_ROWS, dtype=torch.int64)  # ids where there is one matrix
+
+    def few(self, num_rows: int) -> bool:
+        """Whether so many rows, spread over the matrices, are few."""
+        return num_rows <= FEW_ROWS * len(self._matrices) and kernels.available()
+
+    def products(self, x: Tensor, ids: Tensor | None = None, copies: int = 1) -> Tensor:
+        """Few rows: x (N / copies, in) and which matrix is for each copy, ids (N,), None for the only -> (N, out)."""
+        ids = self._only[: len(x)] if ids is None else ids
+        return kernels.products(self._matrices, self._scales, x, ids, copies).to(self._dtype)
+
+    def product(self, rows: Tensor, index: int = 0) -> Tensor:
+        """Rows (n, in), all for one matrix -> (n, out)."""
+        return torch.ops.mkldnn._linear_pointwise(rows, self._packed[index], None, "none", [], "")
+
+    @cached_property
+    def _packed(self) -> list[Tensor]:
+        matrices = self._matrices
+        if self._scales is not None:
+            matrices = (matrices * self._scales.unsqueeze(-1)).to(self._dtype)
+        return [torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT) for matrix in matrices]
+
+
+def rounded(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., out, in) -> int8 from -127 to 127 and a float32 scale an output (..., out): their product is about W."""
+    matrices = matrices.float()
+    scales = matrices.abs().amax(dim=-1).clamp_min(1e-30) / 127  # a row of zeros stays one
+    return (matrices / scales.unsqueeze(-1)).round().to(torch.int8), scales
+
+
+class PackedLinear:
+    """x -> x W^T on weights (out, in) that are stacked."""
+
+    def __init__(self, weights: WeightsName, *parts: Tensor) -> None:
+        self._matrix = PackedMatrices(torch.cat(parts)[None], weights)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        if len(rows) == 1:
-            return self._table(rows)
-        return torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
-
-
-class ColumnTable:
-    """Products of matrices (E, out, in) with single vectors: W x is the sum of W's columns, each weighted by its x_i.
-
-    The columns are rows of a table, so `embedding_bag` sums them: a bag a vector, each with a matrix of its own. It
-    sums in registers and gives a bag to one thread, so a matrix is cut into P blocks of outputs, a bag each. The
-    columns of a block lie one behind the other: memory is read in order, which is up to twice as fast. Row
-    (e*P + p)*in + i of the table is block p of column i of matrix e.
-    """
-
-    REGISTERS = 28  # that the kernel sums in
-    LANES = 16  # float32 numbers in one, with AVX-512
-
-    def __init__(self, matrices: Tensor) -> None:
-        count, self._outputs, self._inputs = matrices.shape
-        threads = 1  # several matrices are for several vectors
-        if count == 1:
-            threads = min(torch.get_num_threads(), math.ceil(self._outputs / self.LANES))
-        blocks, size = self._cut(self._outputs, threads)
-        padded = F.pad(matrices, (0, 0, 0, blocks * size - self._outputs))
-        columns = padded.view(count, blocks, size, self._inputs).transpose(2, 3)  # (E, P, in, size)
-        self._columns = columns.reshape(-1, size)
-        self._rows = torch.arange(len(self._columns), dtype=torch.int32).view(count, -1)  # (E, P*in)
-        # Where each bag starts among the rows, for as many vectors as there may be.
-        self._blocks, vectors = blocks, SLOTS_PER_EXPERT * count
-        self._starts = torch.arange(0, vectors * blocks * self._inputs, self._inputs, dtype=torch.int32)
-
-    @classmethod
-    def _cut(cls, outputs: int, multiple: int) -> tuple[int, int]:
-        """(number of blocks, outputs of one): of the few largest blocks that fit, those that need least padding."""
-        least = multiple * math.ceil(outputs / (multiple * cls.REGISTERS * cls.LANES))
-        cuts = [(n, cls.LANES * math.ceil(outputs / (n * cls.LANES))) for n in range(least, 2 * least + 1, multiple)]
-        return min(cuts, key=math.prod)
-
-    @staticmethod
-    def kept(matrices: Tensor) -> Tensor:
-        """The matrices that a table multiplies with when it is made of these."""
-        return matrices
-
-    def __call__(self, x: Tensor, matrix_ids: Tensor | None = None) -> Tensor:
-        """x (N, in), matrix_ids (N,) or None for the only matrix -> (N, out); N is at most SLOTS_PER_EXPERT * E."""
-        rows = self._rows if matrix_ids is None else self._rows.index_select(0, matrix_ids)  # (N, P*in)
-        weights = x.unsqueeze(1).expand(len(x), self._blocks, self._inputs).reshape(-1)
-        starts = self._starts[: len(x) * self._blocks]
-        return self._sums(rows.flatten(), starts, weights).view(len(x), -1)[:, : self._outputs]
-
-    def _sums(self, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-        return torch.embedding_bag(self._columns, rows, starts, False, 0, False, weights, False)[0]
-
-
-class ByteTable(ColumnTable):
-    """A table of matrices rounded to 8 bits: W is about scale * Q, Q whole numbers from -127 to 127.
-
-    Every output has a scale of its own, by which its sum is multiplied at the end.
-    """
-
-    # Of the kernel's own format: a row ends with the scale and offset of its bytes, which have no sign.
-    ROW_END = torch.tensor([1.0, -128.0]).view(torch.uint8)
-
-    def __init__(self, matrices: Tensor) -> None:
-        whole, self._scales = self._rounded(matrices)  # (E, out, in), (E, out)
-        super().__init__(whole)
-        unsigned = (self._columns + 128).to(torch.uint8)
-        self._columns = torch.cat((unsigned, self.ROW_END.expand(len(unsigned), -1)), dim=1)
-
-    @classmethod
-    def kept(cls, matrices: Tensor) -> Tensor:
-        whole, scales = cls._rounded(matrices)
-        return (whole * scales.unsqueeze(-1)).to(matrices.dtype)
-
-    @staticmethod
-    def _rounded(matrices: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., out, in) -> whole numbers of that shape and their scales (..., out), both float32."""
-        matrices = matrices.float()
-        scales = matrices.abs().amax(dim=-1).clamp_min(1e-30) / 127  # a row of zeros stays one
-        return (matrices / scales.unsqueeze(-1)).round(), scales
-
-    def __call__(self, x: Tensor, matrix_ids: Tensor | None = None) -> Tensor:
-        scales = self._scales if matrix_ids is None else self._scales.index_select(0, matrix_ids)
-        return (super().__call__(x.float(), matrix_ids) * scales).to(x.dtype)
-
-    def _sums(self, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self._columns, rows, starts, per_sample_weights=weights
-        )
+        return self._matrix.products(rows) if self._matrix.few(len(rows)) else self._matrix.product(rows)
 
 
 class PackedNorm:
@@ -313,17 +259,11 @@ class PackedNorm:
 class PackedSwiGLU:
     """down(silu(gate(x)) * up(x)) with gate and up in one product."""
 
-    def __init__(self, table: type[ColumnTable], gate_up: Tensor, down: Tensor) -> None:
-        self.gate_up, self.down = PackedLinear(table, gate_up), PackedLinear(table, down)
+    def __init__(self, weights: WeightsName, gate_up: Tensor, down: Tensor) -> None:
+        self.gate_up, self.down = PackedLinear(weights, gate_up), PackedLinear(weights, down)
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.down(gated(self.gate_up(rows)))
-
-
-def gated(hidden: Tensor) -> Tensor:
-    """(N, 2I), gate first -> silu(gate) * up (N, I)."""
-    gate, up = hidden.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+        return self.down(kernels.swiglu(self.gate_up(rows)))
 
 
 class PackedRouter:
@@ -348,10 +288,10 @@ class PackedRouter:
 class PackedMoE:
     """The MoE block."""
 
-    def __init__(self, block: MoEFeedForward, table: type[ColumnTable]) -> None:
+    def __init__(self, block: MoEFeedForward, weights: WeightsName) -> None:
         self._router = PackedRouter(block.gate)
-        self._experts = PackedExperts(block.experts, table)
-        self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts, table)
+        self._experts = PackedExperts(block.experts, weights)
+        self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts, weights)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         y = self._experts(tokens, *self._router(tokens))
@@ -359,55 +299,39 @@ class PackedMoE:
 
 
 class PackedExperts:
-    """All experts of a layer, in two layouts, each made when it is first needed."""
+    """All experts of a layer."""
 
-    def __init__(self, experts: Experts, table: type[ColumnTable]) -> None:
-        self._source, self._table = experts, table
+    def __init__(self, experts: Experts, weights: WeightsName) -> None:
+        self._gate_up = PackedMatrices(experts.gate_up_proj, weights)
+        self._down = PackedMatrices(experts.down_proj, weights)
         self._num_experts = experts.down_proj.shape[0]
 
     def __call__(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """tokens (T, D), expert_ids (T, k), weights (T, k) float32 -> (T, D)."""
         num_tokens, k = expert_ids.shape
-        flat = expert_ids.flatten()
-        if num_tokens == 1:
-            outputs = self._as_vectors(tokens.expand(k, -1), flat)
+        slots = expert_ids.flatten()
+        if self._down.few(len(slots)):
+            outputs = self._down.products(kernels.swiglu(self._gate_up.products(tokens, slots, k)), slots)
         else:
-            # Sorted by expert, so that a matrix is read by neighbours while it is in the cache.
-            ids, order = flat.sort(stable=True)
-            rows = tokens.index_select(0, order // k)
-            run = self._as_vectors if len(flat) <= SLOTS_PER_EXPERT * self._num_experts else self._one_by_one
-            outputs = torch.empty_like(rows).index_copy_(0, order, run(rows, ids))
+            ids, order = slots.sort(stable=True)
+            counts = torch.bincount(ids, minlength=self._num_experts).tolist()
+            parts = enumerate(tokens.index_select(0, order // k).split(counts))
+            rows = torch.cat([self._expert(expert, part) for expert, part in parts if len(part)])
+            outputs = torch.empty_like(rows).index_copy_(0, order, rows)
         # (T, 1, k) @ (T, k, D), summed in float32 as the dispatch paths do
         outputs = outputs.view(num_tokens, k, -1).float()
         return torch.bmm(weights.unsqueeze(1), outputs).squeeze(1).to(tokens.dtype)
 
-    def _as_vectors(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
-        """Two calls, whatever experts there are; a row is a vector of its own."""
-        gate_up, down = self._tables
-        return down(gated(gate_up(rows, expert_ids)), expert_ids)
-
-    def _one_by_one(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
-        """Two calls an expert, for all its rows."""
-        counts = torch.bincount(expert_ids, minlength=self._num_experts).tolist()
-        parts = zip(self._packed, rows.split(counts), strict=True)
-        return torch.cat([expert(part) for expert, part in parts if len(part)])
-
-    @cached_property
-    def _tables(self) -> tuple[ColumnTable, ColumnTable]:
-        source = self._source
-        return self._table(source.gate_up_proj.detach()), self._table(source.down_proj.detach())
-
-    @cached_property
-    def _packed(self) -> list[PackedSwiGLU]:
-        return [PackedSwiGLU(self._table, gate_up, down) for gate_up, down in self._source.unstacked()]
+    def _expert(self, expert: int, rows: Tensor) -> Tensor:
+        return self._down.product(kernels.swiglu(self._gate_up.product(rows, expert)), expert)
 
 
-def _packed_feed_forward(module: nn.Module, table: type[ColumnTable]) -> PackedMoE | PackedSwiGLU:
+def _packed_feed_forward(module: nn.Module, weights: WeightsName) -> PackedMoE | PackedSwiGLU:
     if isinstance(module, MoEFeedForward):
-        return PackedMoE(module, table)
+        return PackedMoE(module, weights)
     assert isinstance(module, SwiGLU)
     gate_up = torch.cat((module.gate_proj.weight, module.up_proj.weight))
-    return PackedSwiGLU(table, gate_up, module.down_proj.weight)
+    return PackedSwiGLU(weights, gate_up, module.down_proj.weight)
 
 
 def _attention_bias(mask: Tensor | None, num_tokens: int, past: int, dtype: torch.dtype) -> Tensor | None:

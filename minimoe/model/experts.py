@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minimoe import kernels
 from minimoe.model.precision import compute_dtype, few_sizes, to_compute_dtype
 from minimoe.model.rows import replicate_rows, sum_slots
-
-aten = torch.ops.aten
 
 
 class Experts(nn.Module):
@@ -97,8 +96,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         for expert, group, _ in groups:
             rows = tokens.index_select(0, token_ids[group])
             torch.mm(rows, gate_up[expert].to(dtype).t(), out=hidden[group])
-            activated = F.silu(hidden[group, :width]).mul_(hidden[group, width:])  # (n, I)
-            torch.mm(activated, down[expert].to(dtype).t(), out=out[group])
+            torch.mm(kernels.swiglu(hidden[group]), down[expert].to(dtype).t(), out=out[group])
         ctx.save_for_backward(tokens, token_ids, order, gate_up, down, hidden)
         ctx.groups = groups
         return out[: len(order)]
@@ -107,19 +105,13 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, token_ids, order, gate_up, down, hidden = ctx.saved_tensors
-        width = down.shape[2]
         grad_out = grad_out.contiguous()
         grad_rows = tokens.new_empty(hidden.shape[0], tokens.shape[1])
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         for expert, group, size in ctx.groups:
             grad_group = _take(grad_out, group)
-            gate, up = hidden[group, :width], hidden[group, width:]
-            silu = F.silu(gate)
-            activated = silu * up  # (n, I)
             grad_activated = grad_group @ down[expert].to(tokens.dtype)
-            grad_hidden = tokens.new_empty(activated.shape[0], 2 * width)
-            torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
-            aten.silu_backward(grad_activated.mul_(up), gate, grad_input=grad_hidden[:, :width])
+            activated, grad_hidden = kernels.swiglu_backward(hidden[group], grad_activated)
             activated[size:] = grad_hidden[size:] = 0  # rows of other experts add nothing to this one's weights
             _product_into(grad_down[expert], grad_group.t(), activated)
             torch.mm(grad_hidden, gate_up[expert].to(tokens.dtype), out=grad_rows[group])
