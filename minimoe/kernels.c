@@ -1,11 +1,15 @@
 /* What a CPU does much faster in one pass than in torch's calls; compiled by kernels.py when it is first needed.
 
-   Numbers are computed in float32, 16 at a time; vectors are the compiler's own type, so any CPU will do. Rows are
-   given by their address and the distance from one to the next in elements (`stride`). */
+   Numbers are computed in float32, 16 at a time; vectors are the compiler's own type, so any CPU will do. This file
+   includes itself once for each type of numbers in memory: the second half is compiled for T = f32, bf16 and i8, and
+   NAME(products) is there products_f32, products_bf16 and products_i8. */
+
+#ifndef T
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+#include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -13,17 +17,35 @@
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef float f32;
+typedef uint16_t bf16; /* the upper half of a float32 */
+typedef int8_t i8;
+
+typedef f32 vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
 typedef int16_t shorts __attribute__((vector_size(LANES * 2)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
-typedef float f32;
-typedef uint16_t bf16; /* the upper half of a float32 */
-typedef int8_t i8;
 
-/* ---- n <= LANES numbers from and to memory; where n is known to be LANES, one instruction ---- */
+static const vec zero = {0};
+
+/* `...` for i = 0, LANES, 2 LANES, ... and the n numbers from there on: LANES, which the compiler knows, and at the end
+   what is left of `total`. */
+#define FOR_EACH_VECTOR(total, ...)                                                                                    \
+    do {                                                                                                               \
+        long i = 0;                                                                                                    \
+        for (; i + LANES <= (total); i += LANES) {                                                                     \
+            const long n = LANES;                                                                                      \
+            __VA_ARGS__                                                                                                \
+        }                                                                                                              \
+        if (i < (total)) {                                                                                             \
+            const long n = (total) - i;                                                                                \
+            __VA_ARGS__                                                                                                \
+        }                                                                                                              \
+    } while (0)
+
+/* ---- n <= LANES numbers from and to memory ---- */
 
 INLINE vec load_f32(const f32 *from, long n) {
     vec x = {0};
@@ -58,11 +80,11 @@ INLINE void store_bf16(bf16 *to, vec x, long n) {
     memcpy(to, &y, n * sizeof *to);
 }
 
-/* ---- sums and functions ---- */
+/* ---- functions ---- */
 
-INLINE float sum(vec x) {
-    typedef float eight __attribute__((vector_size(32)));
-    typedef float four __attribute__((vector_size(16)));
+INLINE f32 sum(vec x) {
+    typedef f32 eight __attribute__((vector_size(32)));
+    typedef f32 four __attribute__((vector_size(16)));
     eight a[2];
     four b[2];
     memcpy(a, &x, sizeof a);
@@ -77,8 +99,7 @@ INLINE vec choose(words where, vec yes, vec no) { return (vec)(((words)yes & whe
 /* e^x = 2^n e^r, |r| <= ln(2)/2, where seven terms of the series err by less than float32 rounds. Below -87 it stays at
    e^-87, which is nothing beside 1; above 88 it is infinite. */
 INLINE vec exponential(vec x) {
-    const vec zero = {0};
-    const float shift = 12582912; /* 1.5 * 2^23: a sum with it has no fraction, its lowest bits are n */
+    const f32 shift = 12582912; /* 1.5 * 2^23: a sum with it has no fraction, its lowest bits are n */
     const words large = (words)(x > 88);
     x = choose(large | (words)(x < -87), zero - 87, x);
     const vec shifted = x * 1.44269504f + shift, n = shifted - shift;
@@ -95,98 +116,268 @@ INLINE vec exponential(vec x) {
 
 INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 
-/* ---- SwiGLU: gate and up side by side in a row (n, 2I), products of both (n, I) ---- */
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(function) PASTE(function, T)
+#define LOAD NAME(load)
+#define STORE NAME(store)
 
-#define SWIGLU(T)                                                                                                      \
-    INLINE void swiglu_part_##T(const T *gate, const T *up, T *out, long n) {                                          \
-        const vec g = load_##T(gate, n);                                                                               \
-        store_##T(out, g * sigmoid(g) * load_##T(up, n), n);                                                           \
-    }                                                                                                                  \
-    void swiglu_##T(const T *gate_up, T *out, long rows, long width, int threads) {                                    \
-        _Pragma("omp parallel for num_threads(threads)") for (long row = 0; row < rows; row++) {                       \
-            const T *gate = gate_up + row * 2 * width, *up = gate + width;                                             \
-            T *to = out + row * width;                                                                                 \
-            long i = 0;                                                                                                \
-            for (; i + LANES <= width; i += LANES) swiglu_part_##T(gate + i, up + i, to + i, LANES);                   \
-            if (i < width) swiglu_part_##T(gate + i, up + i, to + i, width - i);                                       \
-        }                                                                                                              \
-    }                                                                                                                  \
-    INLINE void swiglu_backward_part_##T(const T *gate, const T *up, T *grad, T *grad_gate, T *grad_up, long n) {      \
-        const vec g = load_##T(gate, n), u = load_##T(up, n), grad_out = load_##T(grad, n);                            \
-        const vec s = sigmoid(g), silu = g * s;                                                                        \
-        store_##T(grad_gate, grad_out * u * (s + silu * (1 - s)), n);                                                  \
-        store_##T(grad_up, grad_out * silu, n);                                                                        \
-        store_##T(grad, silu * u, n);                                                                                  \
-    }                                                                                                                  \
-    /* grad (n, I) is read and overwritten with the output, which backward needs too */                                \
-    void swiglu_backward_##T(const T *gate_up, T *grad, T *grad_gate_up, long rows, long width, int threads) {         \
-        _Pragma("omp parallel for num_threads(threads)") for (long row = 0; row < rows; row++) {                       \
-            const T *gate = gate_up + row * 2 * width, *up = gate + width;                                             \
-            T *out = grad + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;    \
-            long i = 0;                                                                                                \
-            for (; i + LANES <= width; i += LANES)                                                                     \
-                swiglu_backward_part_##T(gate + i, up + i, out + i, grad_gate + i, grad_up + i, LANES);                \
-            if (i < width) swiglu_backward_part_##T(gate + i, up + i, out + i, grad_gate + i, grad_up + i, width - i); \
-        }                                                                                                              \
-    }
+#define T f32
+#include "kernels.c"
+#undef T
+#define T bf16
+#include "kernels.c"
+#undef T
+#define T i8
+#define ONLY_PRODUCTS
+#include "kernels.c"
 
-SWIGLU(f32)
-SWIGLU(bf16)
+#else /* for each T */
 
 /* ---- few rows times large matrices, as fast as memory is read ---- */
 
 /* to[r][o] = scale * (w . from[r]) for `count` rows, whose sums stay in registers: `parts` of each, so that an addition
    need not wait for the one before. */
-#define PRODUCTS(T)                                                                                                    \
-    INLINE void dots_##T(const T *w, const f32 **from, f32 **to, long o, long in, f32 scale, const int count,          \
-                         const int parts) {                                                                            \
-        vec sums[8][4] = {0};                                                                                          \
-        long i = 0;                                                                                                    \
-        for (; i + parts * LANES <= in; i += parts * LANES)                                                            \
-            _Pragma("GCC unroll 4") for (int part = 0; part < parts; part++) {                                         \
-                const long at = i + part * LANES;                                                                      \
-                const vec weights = load_##T(w + at, LANES);                                                           \
-                _Pragma("GCC unroll 8") for (int r = 0; r < count; r++)                                                \
-                    sums[r][part] += weights * load_f32(from[r] + at, LANES);                                          \
-            }                                                                                                          \
-        for (; i < in; i += LANES) {                                                                                   \
-            const long n = in - i < LANES ? in - i : LANES;                                                            \
-            const vec weights = load_##T(w + i, n);                                                                    \
-            _Pragma("GCC unroll 8") for (int r = 0; r < count; r++) sums[r][0] += weights * load_f32(from[r] + i, n);  \
-        }                                                                                                              \
-        _Pragma("GCC unroll 8") for (int r = 0; r < count; r++) {                                                      \
-            _Pragma("GCC unroll 4") for (int part = 1; part < parts; part++) sums[r][0] += sums[r][part];              \
-            to[r][o] = scale * sum(sums[r][0]);                                                                        \
-        }                                                                                                              \
-    }                                                                                                                  \
-    /* y[n] = matrices[ids[n]] (out, in) @ x[n / copies], for n < rows; a matrix is read once for all of its rows */   \
-    void products_##T(const T *matrices, const f32 *scales, const int64_t *ids, long count, const f32 *x, f32 *y,      \
-                      long rows, long copies, long in, long out, int threads) {                                        \
-        _Pragma("omp parallel num_threads(threads)") {                                                                 \
-            const long thread = omp_get_thread_num();                                                                  \
-            const long first = out * thread / threads, last = out * (thread + 1) / threads;                            \
-            const f32 *from[rows];                                                                                     \
-            f32 *to[rows];                                                                                             \
-            for (long m = 0; m < count; m++) {                                                                         \
-                long size = 0;                                                                                         \
-                for (long n = 0; n < rows; n++)                                                                        \
-                    if (ids[n] == m) {                                                                                 \
-                        from[size] = x + n / copies * in;                                                              \
-                        to[size++] = y + n * out;                                                                      \
-                    }                                                                                                  \
-                for (long o = first; size && o < last; o++) {                                                          \
-                    const T *w = matrices + (m * out + o) * in;                                                        \
-                    const f32 scale = scales ? scales[m * out + o] : 1;                                                \
-                    long r = 0;                                                                                        \
-                    for (; r + 8 <= size; r += 8) dots_##T(w, from + r, to + r, o, in, scale, 8, 2);                   \
-                    for (; r + 4 <= size; r += 4) dots_##T(w, from + r, to + r, o, in, scale, 4, 2);                   \
-                    for (; r + 2 <= size; r += 2) dots_##T(w, from + r, to + r, o, in, scale, 2, 4);                   \
-                    if (r < size) dots_##T(w, from + r, to + r, o, in, scale, 1, 4);                                   \
-                }                                                                                                      \
-            }                                                                                                          \
-        }                                                                                                              \
+INLINE void NAME(dots)(const T *w, const f32 **from, f32 **to, long o, long in, f32 scale, const int count,
+                       const int parts) {
+    vec sums[8][4] = {0};
+    const long even = in / (parts * LANES) * (parts * LANES);
+    for (long at = 0; at < even; at += parts * LANES)
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++) {
+            const vec weights = LOAD(w + at + part * LANES, LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < count; r++)
+                sums[r][part] += weights * load_f32(from[r] + at + part * LANES, LANES);
+        }
+    FOR_EACH_VECTOR(in - even, {
+        const vec weights = LOAD(w + even + i, n);
+        for (int r = 0; r < count; r++) sums[r][0] += weights * load_f32(from[r] + even + i, n);
+    });
+#pragma GCC unroll 8
+    for (int r = 0; r < count; r++) {
+        vec total = sums[r][0];
+#pragma GCC unroll 4
+        for (int part = 1; part < parts; part++) total += sums[r][part];
+        to[r][o] = scale * sum(total);
     }
+}
 
-PRODUCTS(f32)
-PRODUCTS(bf16)
-PRODUCTS(i8)
+/* y[n] = matrices[ids[n]] (out, in) @ x[n / copies], for n < rows; a matrix is read once for all of its rows */
+void NAME(products)(const T *matrices, const f32 *scales, const int64_t *ids, long count, const f32 *x, f32 *y,
+                    long rows, long copies, long in, long out, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num();
+        const long first = out * thread / threads, last = out * (thread + 1) / threads;
+        const f32 *from[rows];
+        f32 *to[rows];
+        for (long m = 0; m < count; m++) {
+            long size = 0;
+            for (long n = 0; n < rows; n++)
+                if (ids[n] == m) {
+                    from[size] = x + n / copies * in;
+                    to[size++] = y + n * out;
+                }
+            for (long o = first; size && o < last; o++) {
+                const T *w = matrices + (m * out + o) * in;
+                const f32 scale = scales ? scales[m * out + o] : 1;
+                long r = 0;
+                for (; r + 8 <= size; r += 8) NAME(dots)(w, from + r, to + r, o, in, scale, 8, 2);
+                for (; r + 4 <= size; r += 4) NAME(dots)(w, from + r, to + r, o, in, scale, 4, 2);
+                for (; r + 2 <= size; r += 2) NAME(dots)(w, from + r, to + r, o, in, scale, 2, 4);
+                if (r < size) NAME(dots)(w, from + r, to + r, o, in, scale, 1, 4);
+            }
+        }
+    }
+}
+
+#ifndef ONLY_PRODUCTS
+
+/* ---- SwiGLU: gate and up side by side in a row (n, 2I), their product (n, I) ---- */
+
+void NAME(swiglu)(const T *gate_up, T *out, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * 2 * width, *up = gate + width;
+        T *to = out + row * width;
+        FOR_EACH_VECTOR(width, {
+            const vec g = LOAD(gate + i, n);
+            STORE(to + i, g * sigmoid(g) * LOAD(up + i, n), n);
+        });
+    }
+}
+
+/* `grad` (n, I) is read and overwritten with the output, which backward needs too. */
+void NAME(swiglu_backward)(const T *gate_up, T *grad, T *grad_gate_up, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * 2 * width, *up = gate + width;
+        T *out = grad + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
+        FOR_EACH_VECTOR(width, {
+            const vec g = LOAD(gate + i, n), u = LOAD(up + i, n), grad_out = LOAD(out + i, n);
+            const vec s = sigmoid(g), silu = g * s;
+            STORE(grad_gate + i, grad_out * u * (s + silu * (1 - s)), n);
+            STORE(grad_up + i, grad_out * silu, n);
+            STORE(out + i, silu * u, n);
+        });
+    }
+}
+
+/* ---- tokens from rows: places[t][s] is the row of token t's slot s, order[r] the slot of row r, t * slots + s ---- */
+
+/* out[t] = the sum of weights[t][s] * rows[places[t][s]]; no weights are ones */
+void NAME(sum_slots)(const T *rows, const int64_t *places, const f32 *weights, f32 *out, long tokens, long slots,
+                     long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long token = 0; token < tokens; token++)
+        FOR_EACH_VECTOR(width, {
+            vec total = zero;
+            for (long slot = token * slots; slot < (token + 1) * slots; slot++)
+                total += (weights ? weights[slot] : 1) * LOAD(rows + places[slot] * width + i, n);
+            store_f32(out + token * width + i, total, n);
+        });
+}
+
+/* From the gradient of the tokens that of the rows, each weight * grad, and of the weights, each grad . row. */
+void NAME(sum_slots_backward)(const T *rows, const int64_t *order, const f32 *weights, const f32 *grad, T *grad_rows,
+                              f32 *grad_weights, long count, long slots, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < count; row++) {
+        const long slot = order[row];
+        const f32 *from = grad + slot / slots * width, weight = weights[slot];
+        vec total = zero;
+        FOR_EACH_VECTOR(width, {
+            const vec g = load_f32(from + i, n);
+            total += g * LOAD(rows + row * width + i, n);
+            STORE(grad_rows + row * width + i, weight * g, n);
+        });
+        grad_weights[slot] = sum(total);
+    }
+}
+
+/* ---- RMS norm ---- */
+
+INLINE f32 NAME(inverse_rms)(const T *x, long width, f32 eps) {
+    vec total = zero;
+    FOR_EACH_VECTOR(width, {
+        const vec y = LOAD(x + i, n);
+        total += y * y;
+    });
+    return 1 / sqrtf(sum(total) / width + eps);
+}
+
+void NAME(rms_norm)(const T *x, const f32 *weight, T *y, f32 eps, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const T *from = x + row * width;
+        const f32 inverse = NAME(inverse_rms)(from, width, eps);
+        FOR_EACH_VECTOR(width, STORE(y + row * width + i, inverse * LOAD(from + i, n) * load_f32(weight + i, n), n););
+    }
+}
+
+/* grad_weights (threads, width), zeros before, are each thread's part of the weight's gradient. */
+void NAME(rms_norm_backward)(const T *x, const f32 *weight, const T *grad, T *grad_x, f32 *grad_weights, f32 eps,
+                             long rows, long width, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        f32 *grad_weight = grad_weights + omp_get_thread_num() * width;
+#pragma omp for
+        for (long row = 0; row < rows; row++) {
+            const T *from = x + row * width, *g = grad + row * width;
+            const f32 inverse = NAME(inverse_rms)(from, width, eps);
+            vec total = zero;
+            FOR_EACH_VECTOR(width, {
+                const vec product = LOAD(g + i, n) * LOAD(from + i, n) * inverse;
+                total += product * load_f32(weight + i, n);
+                store_f32(grad_weight + i, load_f32(grad_weight + i, n) + product, n);
+            });
+            const f32 mean = sum(total) / width;
+            FOR_EACH_VECTOR(width, {
+                const vec unit = LOAD(from + i, n) * inverse;
+                STORE(grad_x + row * width + i, inverse * (LOAD(g + i, n) * load_f32(weight + i, n) - unit * mean), n);
+            });
+        }
+    }
+}
+
+/* ---- heads of attention: norm and rotation, from the order of the projections to that of the products ----
+
+   A token of qkv has R heads of queries for each of K key heads, K of keys and K of values, d numbers each. For C rows
+   of `length` tokens q is (C, K, length, R, d), k and v are (C, K, length, d). Pairs (x_i, x_{i+d/2}) are turned by the
+   token's angles; cos and sin have d numbers a token. */
+
+void NAME(heads)(const T *qkv, const f32 *gains, const f32 *cos, const f32 *sin, T *q, T *k, T *v, f32 eps, long tokens,
+                 long length, long kv_heads, long group, long d, int threads) {
+    const long query_heads = kv_heads * group, half = d / 2;
+#pragma omp parallel for num_threads(threads)
+    for (long token = 0; token < tokens; token++) {
+        const long row = token / length * kv_heads * length + token % length; /* in the first of its K heads */
+        const f32 *c = cos + token * d, *s = sin + token * d;
+        for (long head = 0; head < query_heads + 2 * kv_heads; head++) {
+            const T *from = qkv + (token * (query_heads + 2 * kv_heads) + head) * d;
+            if (head >= query_heads + kv_heads) {
+                memcpy(v + (row + (head - query_heads - kv_heads) * length) * d, from, d * sizeof *from);
+                continue;
+            }
+            T *to = head < query_heads ? q + ((row + head / group * length) * group + head % group) * d
+                                       : k + (row + (head - query_heads) * length) * d;
+            const f32 *gain = gains + head * d, inverse = NAME(inverse_rms)(from, d, eps);
+            FOR_EACH_VECTOR(half, {
+                const vec a = inverse * LOAD(from + i, n) * load_f32(gain + i, n);
+                const vec b = inverse * LOAD(from + half + i, n) * load_f32(gain + half + i, n);
+                STORE(to + i, a * load_f32(c + i, n) - b * load_f32(s + i, n), n);
+                STORE(to + half + i, b * load_f32(c + half + i, n) + a * load_f32(s + half + i, n), n);
+            });
+        }
+    }
+}
+
+/* grad_gains (threads, H + K, d), zeros before, are each thread's part of the gains' gradient. */
+void NAME(heads_backward)(const T *qkv, const f32 *gains, const f32 *cos, const f32 *sin, const T *grad_q,
+                          const f32 *grad_k, const f32 *grad_v, T *grad_qkv, f32 *grad_gains, f32 eps, long tokens,
+                          long length, long kv_heads, long group, long d, int threads) {
+    const long query_heads = kv_heads * group, normed = query_heads + kv_heads, half = d / 2;
+#pragma omp parallel num_threads(threads)
+    {
+        f32 turned[d], *grad_gain = grad_gains + omp_get_thread_num() * normed * d;
+#pragma omp for
+        for (long token = 0; token < tokens; token++) {
+            const long row = token / length * kv_heads * length + token % length;
+            const f32 *c = cos + token * d, *s = sin + token * d;
+            for (long head = 0; head < normed + kv_heads; head++) {
+                const T *x = qkv + (token * (normed + kv_heads) + head) * d;
+                T *to = grad_qkv + (x - qkv);
+                if (head >= normed) {
+                    const f32 *from = grad_v + (row + (head - normed) * length) * d;
+                    FOR_EACH_VECTOR(d, STORE(to + i, load_f32(from + i, n), n););
+                    continue;
+                }
+                const T *from_q = grad_q + ((row + head / group * length) * group + head % group) * d;
+                const f32 *from_k = grad_k + (row + (head - query_heads) * length) * d;
+                const f32 *gain = gains + head * d, inverse = NAME(inverse_rms)(x, d, eps);
+                FOR_EACH_VECTOR(half, { /* turn back */
+                    const vec a = head < query_heads ? LOAD(from_q + i, n) : load_f32(from_k + i, n);
+                    const vec b = head < query_heads ? LOAD(from_q + half + i, n) : load_f32(from_k + half + i, n);
+                    store_f32(turned + i, a * load_f32(c + i, n) + b * load_f32(s + i, n), n);
+                    store_f32(turned + half + i, b * load_f32(c + half + i, n) - a * load_f32(s + half + i, n), n);
+                });
+                vec total = zero;
+                FOR_EACH_VECTOR(d, {
+                    const vec product = load_f32(turned + i, n) * LOAD(x + i, n) * inverse;
+                    f32 *sums = grad_gain + head * d + i;
+                    total += product * load_f32(gain + i, n);
+                    store_f32(sums, load_f32(sums, n) + product, n);
+                });
+                const f32 mean = sum(total) / d;
+                FOR_EACH_VECTOR(d, {
+                    const vec unit = LOAD(x + i, n) * inverse;
+                    STORE(to + i, inverse * (load_f32(turned + i, n) * load_f32(gain + i, n) - unit * mean), n);
+                });
+            }
+        }
+    }
+}
+
+#endif
+#endif

@@ -40,7 +40,7 @@ def _library() -> ctypes.CDLL | None:
         flags.append("-mprefer-vector-width=512")
     # The OpenMP that torch has loaded comes first, so that no second one is: its threads would compete for the cores.
     loaded = sorted(set(re.findall(r"/\S*/lib[gi]omp\S*", Path("/proc/self/maps").read_text())))
-    command = [compiler, *flags, str(SOURCE), "-Wl,--as-needed", *loaded, "-o"]
+    command = [compiler, *flags, str(SOURCE), "-Wl,--as-needed", *loaded, "-lm", "-o"]
     cpu = re.findall(r"^(?:flags|Features|model name).*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     made_from = "\0".join([SOURCE.read_text(), *command, *sorted(set(cpu))])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minimoe"
@@ -66,66 +66,52 @@ def available() -> bool:
     return _library() is not None
 
 
+# The arguments of each but the last, how many threads: addresses `p`, whole numbers `n`, fractions `f`.
+_SIGNATURES = {
+    "products": "pppnppnnnn",
+    "swiglu": "ppnn",
+    "swiglu_backward": "pppnn",
+    "sum_slots": "ppppnnn",
+    "sum_slots_backward": "ppppppnnn",
+    "rms_norm": "pppfnn",
+    "rms_norm_backward": "pppppfnn",
+    "heads": "pppppppfnnnnn",
+    "heads_backward": "pppppppppfnnnnn",
+}
+_KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
+
+
 @cache
-def _kernel(name: str, dtype: torch.dtype, signature: str) -> Callable[..., None] | None:
-    """A C function; of its arguments, `p` are addresses and `n` numbers, and the last is the number of threads."""
+def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     library = _library()
-    if library is None:
-        return None
-    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_long}
+    assert library is not None, "ask `available` or `made_for` first"
     function = library[f"{name}_{SUFFIXES[dtype]}"]
-    function.argtypes = [*(kinds[letter] for letter in signature), ctypes.c_int]
+    function.argtypes = [*(_KINDS[letter] for letter in _SIGNATURES[name]), ctypes.c_int]
     function.restype = None
     return function
+
+
+def _run(name: str, dtype: torch.dtype, threads: int, *arguments: Tensor | float | None) -> None:
+    """Call the kernel for numbers of this type."""
+    _kernel(name, dtype)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), threads)
 
 
 def _threads(work: int) -> int:
     return min(torch.get_num_threads(), work // WORK_OF_A_THREAD + 1)
 
 
-def _made_for(x: Tensor) -> bool:
+def made_for(*tensors: Tensor) -> bool:
+    """Whether the kernels can be had for these: float32 or bfloat16, contiguous, on the CPU, and not being compiled."""
     return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.is_contiguous()
+        all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
+        and all(x.is_contiguous() for x in tensors)
         and not torch.compiler.is_compiling()
+        and available()
     )
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """(n, 2I), gate first -> silu(gate) * up (n, I)."""
-    kernel = _kernel("swiglu", gate_up.dtype, "ppnn") if _made_for(gate_up) else None
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    if kernel is None:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    out = gate_up.new_empty(rows, width)
-    kernel(gate_up.data_ptr(), out.data_ptr(), rows, width, _threads(gate_up.numel()))
-    return out
-
-
-def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The output again, and the gradient of gate_up (n, 2I), from the output's `grad` (n, I), which is overwritten."""
-    both = _made_for(gate_up) and grad.dtype == gate_up.dtype and grad.is_contiguous()
-    kernel = _kernel("swiglu_backward", gate_up.dtype, "pppnn") if both else None
-    grad_gate_up = torch.empty_like(gate_up)
-    rows, width = grad.shape
-    if kernel is None:
-        gate, up = gate_up.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        out = silu * up
-        torch.mul(grad, silu, out=grad_gate_up[:, width:])
-        torch.ops.aten.silu_backward(grad.mul_(up), gate, grad_input=grad_gate_up[:, :width])
-        return out, grad_gate_up
-    addresses = (gate_up.data_ptr(), grad.data_ptr(), grad_gate_up.data_ptr())
-    kernel(*addresses, rows, width, _threads(gate_up.numel()))
-    return grad, grad_gate_up
 
 
 def products(matrices: Tensor, scales: Tensor | None, x: Tensor, ids: Tensor, copies: int = 1) -> Tensor:
     """y[n] = matrices[ids[n]] @ x[n // copies], every matrix read once. For few rows, and without gradients.
-
-    There is no other way than the kernel: ask `available` first.
 
     Args:
         matrices: (E, out, in), float32, bfloat16 or int8, on the CPU.
@@ -136,15 +122,118 @@ def products(matrices: Tensor, scales: Tensor | None, x: Tensor, ids: Tensor, co
     Returns:
         (N, out) float32.
     """
-    kernel = _kernel("products", matrices.dtype, "pppnppnnnn")
-    assert kernel is not None
     assert matrices.is_contiguous()
     assert ids.is_contiguous()
     count, outputs, inputs = matrices.shape
     rows = len(ids)
     x = x.float().contiguous()
     y = x.new_empty(rows, outputs)
-    scales_at = None if scales is None else scales.data_ptr()
-    addresses = (matrices.data_ptr(), scales_at, ids.data_ptr(), count, x.data_ptr(), y.data_ptr())
-    kernel(*addresses, rows, copies, inputs, outputs, _threads(rows * outputs * inputs))
+    threads = _threads(rows * outputs * inputs)
+    _run("products", matrices.dtype, threads, matrices, scales, ids, count, x, y, rows, copies, inputs, outputs)
     return y
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """(n, 2I), gate first -> silu(gate) * up (n, I)."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    if not made_for(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+    out = gate_up.new_empty(rows, width)
+    _run("swiglu", gate_up.dtype, _threads(gate_up.numel()), gate_up, out, rows, width)
+    return out
+
+
+def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The output again, and the gradient of gate_up (n, 2I), from the output's `grad` (n, I), which is overwritten."""
+    rows, width = grad.shape
+    grad_gate_up = torch.empty_like(gate_up)
+    if not made_for(gate_up, grad):
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        out = silu * up
+        torch.mul(grad, silu, out=grad_gate_up[:, width:])
+        torch.ops.aten.silu_backward(grad.mul_(up), gate, grad_input=grad_gate_up[:, :width])
+        return out, grad_gate_up
+    _run("swiglu_backward", gate_up.dtype, _threads(gate_up.numel()), gate_up, grad, grad_gate_up, rows, width)
+    return grad, grad_gate_up
+
+
+# What follows has its other form where it is called: ask `made_for` there.
+
+
+def sum_slots(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum over s of weights[t, s] * rows[places[t, s]]: rows (N, D), places and float32 weights (T, k), None for
+    ones -> (T, D) float32."""
+    tokens, slots = places.shape
+    out = rows.new_empty(tokens, rows.shape[1], dtype=torch.float32)
+    arguments = (rows, places, weights, out, tokens, slots, rows.shape[1])
+    _run("sum_slots", rows.dtype, _threads(rows.numel()), *arguments)
+    return out
+
+
+def sum_slots_backward(rows: Tensor, order: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows (N, D) and weights (T, k) from the float32 sums' (T, D); order (N,) is each row's slot."""
+    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+    arguments = (rows, order, weights, grad, grad_rows, grad_weights, len(rows), weights.shape[1], rows.shape[1])
+    _run("sum_slots_backward", rows.dtype, _threads(rows.numel()), *arguments)
+    return grad_rows, grad_weights
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight (D,) float32."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    _run("rms_norm", x.dtype, _threads(x.numel()), x, weight, y, eps, x.numel() // width, width)
+    return y
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight (D,)."""
+    grad_x, width, threads = torch.empty_like(x), x.shape[-1], _threads(x.numel())
+    parts = weight.new_zeros(threads, width)
+    arguments = (x, weight, grad, grad_x, parts, eps, x.numel() // width, width)
+    _run("rms_norm_backward", x.dtype, threads, *arguments)
+    return grad_x, parts.sum(0)
+
+
+def heads(
+    qkv: Tensor, gains: Tensor, cos: Tensor, sin: Tensor, eps: float, length: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed and rotated heads of C rows of `length` tokens each, in the order of attention's products.
+
+    Args:
+        qkv: (C * n, (H + 2K) * d), what the projections gave.
+        gains: (H + K, d) float32, the weights of the norms.
+        cos, sin: (C * n, d) float32, of each token's position.
+        eps: of the norms.
+        kv_heads: K.
+
+    Returns:
+        q (C*K, n*R, d) with R = H/K, by position, then head of the group; k and v (C*K, n, d).
+    """
+    tokens, (normed, head_dim) = qkv.shape[0], gains.shape
+    sequences, group = tokens // length * kv_heads, normed // kv_heads - 1
+    q = qkv.new_empty(sequences, length * group, head_dim)
+    k, v = (qkv.new_empty(sequences, length, head_dim) for _ in range(2))
+    arguments = (qkv, gains, cos, sin, q, k, v, eps, tokens, length, kv_heads, group, head_dim)
+    _run("heads", qkv.dtype, _threads(qkv.numel()), *arguments)
+    return q, k, v
+
+
+def heads_backward(
+    qkv: Tensor,
+    gains: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    length: int,
+    grads: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+) -> Tensor:
+    """The gradient of qkv into `out`, that of the gains is returned; `grads` are of q, and in float32 of k and v."""
+    (normed, head_dim), threads = gains.shape, _threads(qkv.numel())
+    kv_heads = grads[1].shape[0] * length // qkv.shape[0]
+    parts = gains.new_zeros(threads, normed, head_dim)
+    shape = (qkv.shape[0], length, kv_heads, normed // kv_heads - 1, head_dim)
+    _run("heads_backward", qkv.dtype, threads, qkv, gains, cos, sin, *grads, out, parts, eps, *shape)
+    return parts.sum(0)

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import relative_error
 
 from minimoe import kernels
+from minimoe.model.causal_attention import heads_backward, prepare_heads
 
 needs_compiler = pytest.mark.skipif(not kernels.available(), reason="this machine has no C compiler for the kernels")
 # What a result is rounded to, and a little for the sums' order; bfloat16 has 8 bits.
@@ -22,7 +24,7 @@ def without_kernels(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_kernel", lambda *_: None)
+            patch.setattr(kernels, "_library", lambda: None)
             return function(*args)
 
     return call
@@ -108,3 +110,70 @@ def test_they_are_compiled_once_and_again_when_the_file_is_broken(tmp_path):
     compiled.write_bytes(b"")
     assert library_of_a_new_process(tmp_path) == "True"
     assert compiled.stat().st_size > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "slots", "width"), [(7, 1, 16), (300, 4, 83), (5, 2, 3)])
+def test_slots_are_summed_and_their_gradients_are_those_of_the_definition(tokens, slots, width, dtype):
+    torch.manual_seed(0)
+    rows = torch.randn(tokens * slots, width).to(dtype)
+    order, weights, grad = torch.randperm(tokens * slots), torch.rand(tokens, slots), torch.randn(tokens, width)
+    places = order.argsort().view(tokens, slots)
+    exact_rows, exact_weights = rows.double().requires_grad_(), weights.double().requires_grad_()
+    expected = (exact_rows[places] * exact_weights[..., None]).sum(1)
+    expected.backward(grad.double())
+    result = kernels.sum_slots(rows, places, weights)
+    assert result.dtype == torch.float32
+    assert relative_error(result.double(), expected) < 1e-6
+    plain = kernels.sum_slots(rows, places, None)
+    assert relative_error(plain.double(), rows.double()[places].sum(1)) < 1e-6
+    grad_rows, grad_weights = kernels.sum_slots_backward(rows, order, weights, grad)
+    assert grad_rows.dtype == dtype
+    assert relative_error(grad_rows.double(), exact_rows.grad) < TOLERANCES[dtype]
+    assert relative_error(grad_weights.double(), exact_weights.grad) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(3, 5, 16), (700, 83), (1, 7)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rms_norm_and_its_gradients_equal_torchs(shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    expected = F.rms_norm(exact_x, weight.shape, exact_weight, eps=1e-3)
+    expected.backward(grad.double())
+    assert relative_error(kernels.rms_norm(x, weight, 1e-3).double(), expected) < 1e-6
+    grad_x, grad_weight = kernels.rms_norm_backward(x, weight, grad, 1e-3)
+    # The gradient along x cancels: what is left is up to a few times smaller than what was subtracted.
+    assert relative_error(grad_x.double(), exact_x.grad) < 3e-6
+    assert relative_error(grad_weight.double(), exact_weight.grad) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 3, 32), (1, 1, 6), (3, 2, 40)])
+def test_heads_and_their_gradients_equal_torchs(
+    kv_heads, group, head_dim, dtype, threads, without_kernels, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    rows, length, normed = 2, 70, kv_heads * (group + 1)
+    qkv = torch.randn(rows * length, (normed + kv_heads) * head_dim).to(dtype)
+    gains, angles = torch.randn(normed, head_dim), 6 * torch.rand(rows * length, head_dim // 2)
+    cos, sin = (torch.cat((half, half), dim=1) for half in (angles.cos(), angles.sin()))
+    exact = [x.double() for x in (qkv, gains, cos, sin)]
+    heads = prepare_heads(qkv, gains, kv_heads, 1e-3, cos, sin, length)
+    expected = without_kernels(prepare_heads, *exact[:2], kv_heads, 1e-3, *exact[2:], length)
+    for result, truth in zip(heads[:3], expected[:3], strict=True):
+        assert result.dtype == dtype
+        assert relative_error(result.double(), truth) < TOLERANCES[dtype]
+    grads = (torch.randn_like(heads.q), torch.randn(heads.k.shape), torch.randn(heads.v.shape))
+    out, exact_out = torch.empty_like(qkv), torch.empty_like(exact[0])
+    gained = heads_backward(qkv, gains, 1e-3, cos, sin, length, grads, out=out)
+    exact_grads = tuple(grad.double() for grad in grads)
+    truth = without_kernels(heads_backward, *exact[:2], 1e-3, *exact[2:], length, exact_grads, exact_out)
+    assert relative_error(gained.double(), truth) < 3e-6  # sums over the tokens; some cancel
+    assert relative_error(out.double(), exact_out) < TOLERANCES[dtype]

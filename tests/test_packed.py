@@ -136,12 +136,9 @@ def test_weights_are_rounded_to_the_nearest_of_255_steps_an_output():
 @pytest.mark.parametrize("weights", ["exact", "int8"])
 def test_without_a_compiler_the_copy_is_the_same_function(weights, pads, monkeypatch):
     monkeypatch.setattr(kernels, "_library", lambda: None)
-    kernels._kernel.cache_clear()
     model = make_model()
     plain = with_rounded_weights(model) if weights == "int8" else model
-    both = steps_of_both(plain, pads, [9, 1, 1], packed_from=model, weights=weights)
-    kernels._kernel.cache_clear()
-    for logits, expected in both:
+    for logits, expected in steps_of_both(plain, pads, [9, 1, 1], packed_from=model, weights=weights):
         assert relative_error(logits, expected) < TOLERANCE
 
 

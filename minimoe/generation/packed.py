@@ -31,11 +31,12 @@ from minimoe import kernels
 from minimoe.config import WeightsName
 from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
 from minimoe.model.attention import MiniMoeAttention
+from minimoe.model.causal_attention import prepare_heads
 from minimoe.model.decoder import MiniMoeDecoderLayer, MiniMoeForCausalLM, MiniMoeModel
 from minimoe.model.experts import Experts
 from minimoe.model.feed_forward import SwiGLU
 from minimoe.model.moe import MoEFeedForward
-from minimoe.model.norm import MiniMoeRMSNorm
+from minimoe.model.norm import MiniMoeRMSNorm, unit_rms
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import TopKRouter
 
@@ -130,13 +131,11 @@ class PackedModel:
         """As `__call__`, -> (B, n, D) before the last norm."""
         batch, num_tokens = input_ids.shape
         x = self._model.model.embed_tokens(input_ids)  # (B, n, D)
-        cos, sin = (part.unsqueeze(2) for part in self._model.model.rotary_emb(x.float(), position_ids))
-        first, second = sin.chunk(2, dim=-1)
-        signed_sin = torch.cat((-first, second), dim=-1)
+        cos, sin = (part.flatten(0, 1) for part in self._model.model.rotary_emb(x.float(), position_ids))  # (T, d)
         bias = _attention_bias(mask, num_tokens, cache.get_seq_length(), x.dtype)
         x = x.flatten(0, 1)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            x = layer(x, (batch, num_tokens), cos, signed_sin, bias, layer_cache)
+            x = layer(x, (batch, num_tokens), cos, sin, bias, layer_cache)
         return x.view(batch, num_tokens, -1)
 
 
@@ -151,7 +150,9 @@ class PackedLayer:
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._qkv = PackedLinear(weights, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
         self._output = PackedLinear(weights, attention.o_proj.weight)
-        self._qk_norm = PackedNorm(*[attention.q_norm] * self._heads, *[attention.k_norm] * self._kv_heads)
+        norms = [attention.q_norm] * self._heads + [attention.k_norm] * self._kv_heads
+        self._gains = torch.stack([norm.weight.detach().float() for norm in norms])  # (H + K, d)
+        self._eps = attention.q_norm.eps
         self._input_norm = PackedNorm(layer.input_layernorm)
         self._post_norm = PackedNorm(layer.post_attention_layernorm)
 
@@ -160,32 +161,29 @@ class PackedLayer:
         x: Tensor,
         shape: tuple[int, int],
         cos: Tensor,
-        signed_sin: Tensor,
+        sin: Tensor,
         bias: Tensor | None,
         cache: PreallocatedLayer,
     ) -> Tensor:
-        """x (T, D) -> (T, D); cos, signed_sin (B, n, 1, d), the first half of the sines negated."""
+        """x (T, D) -> (T, D); cos, sin (T, d)."""
         batch, num_tokens = shape
-        qkv = self._qkv(self._input_norm(x)).view(batch, num_tokens, self._heads + 2 * self._kv_heads, self._head_dim)
-        qk, v = qkv.split([self._heads + self._kv_heads, self._kv_heads], dim=2)
-        qk = self._qk_norm(qk.float())  # (B, n, H + K, d)
-        # `rotate` in three calls: halves (a, b) turn to (a cos - b sin, b cos + a sin).
-        qk = (qk * cos).addcmul_(qk.roll(self._head_dim // 2, -1), signed_sin).to(v.dtype)
-        q, k = qk.split([self._heads, self._kv_heads], dim=2)
-        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2))  # (B, K, L + n, d)
+        qkv = self._qkv(self._input_norm(x))
+        heads = prepare_heads(qkv, self._gains, self._kv_heads, self._eps, cos, sin, num_tokens)
+        k, v = (y.view(batch, self._kv_heads, num_tokens, -1) for y in (heads.k, heads.v))
+        keys, values = cache.update(k, v)  # (B, K, L + n, d)
+        q = heads.q.view(batch, self._kv_heads, num_tokens, -1, self._head_dim)
         if num_tokens == 1:
             # The G heads that share a key head are attended like G positions of one head.
-            q = q.reshape(batch, self._kv_heads, -1, self._head_dim)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=self._scaling)
+            out = F.scaled_dot_product_attention(q[:, :, 0], keys, values, attn_mask=bias, scale=self._scaling)
         else:
             out = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
+                q.transpose(2, 3).flatten(1, 2),  # (B, H, n, d)
                 keys,
                 values,
                 attn_mask=bias,
                 is_causal=bias is None,
                 scale=self._scaling,
-                enable_gqa=self._heads != self._kv_heads,
+                enable_gqa=True,
             ).transpose(1, 2)  # (B, n, H, d)
         x = self._output(out.reshape(x.shape[0], -1)).add_(x)
         return self._mlp(self._post_norm(x)).add_(x)
@@ -240,20 +238,15 @@ class PackedLinear:
 
 
 class PackedNorm:
-    """RMS norm x / sqrt(mean(x^2) + eps) * weight, as x * (sqrt(D) weight) / hypot(|x|, sqrt(D eps)).
+    """RMS norm, with its weight in float32."""
 
-    Several norms are for x (..., norms, D) and normalise each [i] with its own weight.
-    """
-
-    def __init__(self, *norms: MiniMoeRMSNorm) -> None:
-        weights = [norm.weight.detach().float() for norm in norms]
-        size = weights[0].numel()
-        self._weight = (torch.stack(weights) if len(norms) > 1 else weights[0]) * size**0.5
-        self._floor = torch.tensor((size * norms[0].eps) ** 0.5)
+    def __init__(self, norm: MiniMoeRMSNorm) -> None:
+        self._weight, self._eps = norm.weight.detach().float(), norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return (x * self._weight).div_(torch.hypot(length, self._floor)).to(x.dtype)
+        if kernels.made_for(x):
+            return kernels.rms_norm(x, self._weight, self._eps)
+        return (unit_rms(x.float(), self._eps)[0] * self._weight).to(x.dtype)
 
 
 class PackedSwiGLU:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimoe import kernels
 from minimoe.model.norm import unit_rms
 from minimoe.model.rotary import norm_and_rotate_backward, rotate
 
@@ -85,7 +86,7 @@ class _CausalAttention(torch.autograd.Function):
         kept: list[Tensor] = []
         keep = length <= _KEPT_LENGTH and out.shape[1] * out.itemsize <= _KEPT_BYTES
         for rows, blocks in parts:
-            heads_in = _prepare(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
+            heads_in = prepare_heads(qkv[rows], gains, kv_heads, eps, cos[rows], sin[rows], length)
             attended = torch.empty_like(heads_in.q)
             for block in blocks:
                 probabilities = _probabilities(heads_in, block)
@@ -102,10 +103,10 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, gains, cos, sin, *kept = ctx.saved_tensors
         kept_probabilities = iter(kept)
-        kv_heads, (all_heads, head_dim), length = ctx.kv_heads, gains.shape, ctx.length
+        kv_heads, head_dim, length = ctx.kv_heads, gains.shape[1], ctx.length
         grad_qkv, grad_gains = torch.empty_like(qkv), torch.zeros_like(gains)
         for rows, blocks in ctx.parts:
-            heads_in = _prepare(qkv[rows], gains, kv_heads, ctx.eps, cos[rows], sin[rows], length)
+            heads_in = prepare_heads(qkv[rows], gains, kv_heads, ctx.eps, cos[rows], sin[rows], length)
             grad = _group(grad_out[rows].unflatten(1, (-1, head_dim)), kv_heads, length)  # (C*K, n*R, d)
             grad_q = torch.empty_like(heads_in.q)
             grad_k, grad_v = (heads_in.k.new_zeros(heads_in.k.shape, dtype=gains.dtype) for _ in range(2))
@@ -118,37 +119,60 @@ class _CausalAttention(torch.autograd.Function):
                 )
                 torch.bmm(grad_scores, k, out=grad_q[:, block.queries])
                 grad_k[:, block.keys] += torch.bmm(grad_scores.mT, heads_in.q[:, block.queries])
-            turned = torch.cat((_ungroup(grad_q, kv_heads, length), _ungroup(grad_k, kv_heads, length)), dim=1)
-            grad_heads = grad_qkv[rows].unflatten(1, (-1, head_dim))
-            grad_x, grad_gain = norm_and_rotate_backward(
-                turned, heads_in.unit, heads_in.inverse, gains, cos[rows], sin[rows]
+            grads = (grad_q, grad_k, grad_v)
+            grad_gains += heads_backward(
+                qkv[rows], gains, ctx.eps, cos[rows], sin[rows], length, grads, out=grad_qkv[rows]
             )
-            grad_heads[:, :all_heads] = grad_x
-            grad_heads[:, all_heads:] = _ungroup(grad_v, kv_heads, length)
-            grad_gains += grad_gain
         return grad_qkv, grad_gains, *[None] * 6
 
 
-class _Heads(NamedTuple):
+class Heads(NamedTuple):
     """Normed and rotated heads; query rows are ordered by position, then head of their group."""
 
     q: Tensor  # (C*K, n*R, d)
     k: Tensor  # (C*K, n, d)
     v: Tensor  # (C*K, n, d)
-    unit: Tensor  # (C*n, H + K, d): queries and keys over their rms, in the dtype of the gains
-    inverse: Tensor  # (C*n, H + K, 1): one over that rms
     kv_heads: int
 
 
-def _prepare(qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, length: int) -> _Heads:
-    """Norm and rotation in the precision of `gains`, one rounding after both."""
+def prepare_heads(
+    qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, length: int
+) -> Heads:
+    """Norm and rotation in the precision of `gains`, one rounding after both; arguments as of `causal_attention`."""
+    if kernels.made_for(qkv, gains, cos, sin) and gains.dtype == cos.dtype == sin.dtype == torch.float32:
+        return Heads(*kernels.heads(qkv, gains, cos, sin, eps, length, kv_heads), kv_heads)
     all_heads, head_dim = gains.shape
     x = qkv.unflatten(1, (-1, head_dim))  # (C*n, H + 2K, d)
-    unit, inverse = unit_rms(x[:, :all_heads].to(gains.dtype), eps)
+    unit, _ = unit_rms(x[:, :all_heads].to(gains.dtype), eps)
     turned = rotate(unit * gains, cos, sin).to(qkv.dtype)
     queries, keys = turned.split((all_heads - kv_heads, kv_heads), dim=1)
     q, k, v = (_group(part, kv_heads, length) for part in (queries, keys, x[:, all_heads:]))
-    return _Heads(q, k, v, unit, inverse, kv_heads)
+    return Heads(q, k, v, kv_heads)
+
+
+def heads_backward(
+    qkv: Tensor,
+    gains: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    length: int,
+    grads: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+) -> Tensor:
+    """Writes the gradient of qkv into `out`, from those of q, k and v, and returns that of the gains."""
+    tensors = (qkv, gains, cos, sin, *grads, out)
+    if kernels.made_for(*tensors) and all(x.dtype == torch.float32 for x in (gains, cos, sin, *grads[1:])):
+        return kernels.heads_backward(qkv, gains, cos, sin, eps, length, grads, out)
+    all_heads, head_dim = gains.shape
+    kv_heads = grads[1].shape[0] * length // qkv.shape[0]
+    unit, inverse = unit_rms(qkv.unflatten(1, (-1, head_dim))[:, :all_heads].to(gains.dtype), eps)
+    grad_q, grad_k, grad_v = (_ungroup(grad, kv_heads, length) for grad in grads)
+    turned = torch.cat((grad_q, grad_k), dim=1)
+    grad_x, grad_gains = norm_and_rotate_backward(turned, unit, inverse, gains, cos, sin)
+    grad_heads = out.unflatten(1, (-1, head_dim))
+    grad_heads[:, :all_heads], grad_heads[:, all_heads:] = grad_x, grad_v
+    return grad_gains
 
 
 def _group(x: Tensor, kv_heads: int, length: int) -> Tensor:
@@ -207,7 +231,7 @@ def _blocks(first: Tensor, group: int, dtype: torch.dtype) -> Iterator[_Block]:
         yield _Block(slice(start * group, end * group), slice(low, end), mask)
 
 
-def _probabilities(heads: _Heads, block: _Block) -> Tensor:
+def _probabilities(heads: Heads, block: _Block) -> Tensor:
     """(C*K, rows, m): softmax of a block's scores."""
     scores = torch.bmm(heads.q[:, block.queries], heads.k[:, block.keys].mT)
     _, size, masked = block.mask.shape

@@ -1,7 +1,7 @@
 """RMS normalisation (arXiv 1910.07467), computed in float32.
 
 On a CPU torch builds `F.rms_norm` and its backward from a dozen passes over memory, and keeps most of their results
-for backward; the function here makes fewer passes and keeps only its input and one number per row.
+for backward; the function here makes fewer passes and keeps only its input.
 
 N rows, D size of the last dimension.
 """
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from minimoe import kernels
 
 
 class MiniMoeRMSNorm(nn.Module):
@@ -46,16 +48,20 @@ def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        unit, inverse = unit_rms(x, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return unit.mul_(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        if kernels.made_for(x, weight) and weight.dtype == torch.float32:
+            return kernels.rms_norm(x, weight, eps)
+        return unit_rms(x, eps)[0].mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        if kernels.made_for(x, weight, grad) and weight.dtype == torch.float32:
+            return *kernels.rms_norm_backward(x, weight, grad, ctx.eps), None
         # dx = inverse * (g - x_hat * mean(g * x_hat)), where x_hat = x * inverse and g = grad * weight
-        x_hat = x * inverse
+        x_hat, inverse = unit_rms(x, ctx.eps)
         product = grad * x_hat
         mean = (product @ weight).div_(weight.shape[0])[..., None]
         grad_x = (grad * weight).addcmul_(x_hat, mean, value=-1).mul_(inverse)

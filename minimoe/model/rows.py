@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minimoe import kernels
 from minimoe.model.losses import expert_counts
 
 _BLOCK_ROWS = 1024  # measured with 512 numbers a row: 512 and 4096 are slower
@@ -38,8 +39,8 @@ def replicate_rows(tokens: Tensor, order: Tensor, num_slots: int) -> Tensor:
 def combine_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """Undo `order`, then `(slots.view(T, k, D) * weights[..., None]).sum(dim=1)`: (T*k, D) -> (T, D).
 
-    The sum is in float32 at least, the precision of `weights` (T, k); backward multiplies in the dtype of `rows`, as
-    the experts' own products do. Neither the rows in slot order nor their products with the weights are kept.
+    The sum is in float32 at least, the precision of `weights` (T, k). Neither the rows in slot order nor their products
+    with the weights are kept.
     """
     return _Combine.apply(rows, order, weights)
 
@@ -50,6 +51,8 @@ def sum_slots(rows: Tensor, order: Tensor, num_slots: int, dtype: torch.dtype) -
     Adds up in float32 at least and rounds once. Only for use inside an `autograd.Function`.
     """
     places = _inverse(order).view(-1, num_slots)  # (T, k): the row of each slot
+    if kernels.made_for(rows) and dtype == torch.float32:
+        return kernels.sum_slots(rows, places, None)
     tokens = rows.new_empty(len(places), rows.shape[1], dtype=dtype)
     for block in _blocks(places):
         slots = rows.index_select(0, places[block].flatten()).view(-1, num_slots, rows.shape[1])
@@ -76,6 +79,8 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, order, weights)
         places = _inverse(order).view(weights.shape)  # (T, k): the row of each slot
+        if kernels.made_for(rows, weights) and weights.dtype == torch.float32:
+            return kernels.sum_slots(rows, places, weights)
         dtype = torch.promote_types(rows.dtype, weights.dtype)
         combined = rows.new_empty(len(weights), rows.shape[1], dtype=dtype)
         for block in _blocks(places):
@@ -89,6 +94,9 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         rows, order, weights = ctx.saved_tensors
+        if kernels.made_for(rows, weights, grad) and grad.dtype == weights.dtype == torch.float32:
+            grad_rows, grad_weights = kernels.sum_slots_backward(rows, order, weights, grad)
+            return grad_rows, None, grad_weights
         dtype = torch.promote_types(rows.dtype, weights.dtype)
         grad, token_ids = grad.to(rows.dtype), order // weights.shape[1]
         row_weights = weights.flatten()[order, None].to(rows.dtype)  # (T*k, 1)
