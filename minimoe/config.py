@@ -233,7 +233,9 @@ class GenerationSection(Section):
     chat: bool = Field(False, description="wrap the prompt in the chat template")
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     compile: bool = Field(False, description="torch.compile the step, on a GPU; the weights are then bf16")
-    weights: WeightsName = Field("exact", description="int8 rounds them to 8 bits: single prompts on a CPU get faster")
+    weights: WeightsName = Field(
+        "exact", description="int8 rounds them to 8 bits: few prompts at once get faster on a CPU"
+    )
 
     @field_validator("temperature")
     @classmethod

@@ -1,8 +1,8 @@
 """Kernels in C (`kernels.c`) for what a CPU does much faster in one pass than in several of torch's calls.
 
-They are compiled when one is first needed, by the machine's C compiler and for exactly this CPU, which takes a second,
-and kept in the user's cache folder; they share torch's threads. Without a compiler, and for what they are not made for
-(other devices and number formats, a model under `torch.compile`), torch computes the same functions.
+They are compiled when one is first needed, by the machine's C compiler (`CC`, else `cc`) and for exactly this CPU, and
+kept in the user's cache folder; that takes a second. They share torch's threads. Without a compiler, and for what they
+are not made for (other devices and number formats, a model under `torch.compile`), torch computes the same functions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ WORK_OF_A_THREAD = 2**14  # numbers to read, at least: waking another one takes 
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or platform.system() != "Linux":
-        return None
+def _library() -> ctypes.CDLL | str:
+    """The compiled kernels, or why there are none."""
+    name = os.environ.get("CC") or "cc"
+    compiler = shutil.which(name)
+    if platform.system() != "Linux":
+        return f"they are for Linux, this is {platform.system()}"
+    if compiler is None:
+        return f"there is no C compiler {name!r}"
     flags = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"]
     if platform.machine() == "x86_64":
         flags.append("-mprefer-vector-width=512")
@@ -43,27 +47,31 @@ def _library() -> ctypes.CDLL | None:
     command = [compiler, *flags, str(SOURCE), "-Wl,--as-needed", *loaded, "-lm", "-o"]
     cpu = re.findall(r"^(?:flags|Features|model name).*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     made_from = "\0".join([SOURCE.read_text(), *command, *sorted(set(cpu))])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minimoe"
-    compiled = folder / f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    try:
-        return ctypes.CDLL(str(compiled))
-    except OSError:  # not there yet
-        pass
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            target = Path(scratch) / compiled.name
-            subprocess.run([*command, str(target)], check=True, capture_output=True, timeout=60)
-            library = ctypes.CDLL(str(target))
-            target.replace(compiled)  # whole or not at all, whoever else compiles now
-        return library
-    except (OSError, subprocess.SubprocessError):
-        return None
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimoe"
+    kept = folder / f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    with suppress(OSError):  # not there yet
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = Path(scratch) / kept.name
+        try:
+            subprocess.run([*command, str(compiled)], check=True, capture_output=True, timeout=60)
+            library = ctypes.CDLL(str(compiled))
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.decode(errors="replace").splitlines()
+            return f"{name} cannot compile them: {lines[0] if lines else f'exit status {error.returncode}'}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{name} cannot compile them: {error}"
+        with suppress(OSError):  # a cache that cannot be written to costs a second each time
+            folder.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copy(compiled, folder / f"{kept.name}.{os.getpid()}")
+            Path(copy).replace(kept)  # whole or not at all, whoever else compiles now
+    return library
 
 
-def available() -> bool:
-    """Whether this machine has the kernels; compiles them if need be."""
-    return _library() is not None
+def why_not() -> str | None:
+    """What keeps this machine from having the kernels; None when nothing does. Compiles them if need be."""
+    library = _library()
+    return library if isinstance(library, str) else None
 
 
 # The arguments of each but the last, how many threads: addresses `p`, whole numbers `n`, fractions `f`.
@@ -84,7 +92,7 @@ _KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.
 @cache
 def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
     library = _library()
-    assert library is not None, "ask `available` or `made_for` first"
+    assert not isinstance(library, str), library  # `made_for` is asked first
     function = library[f"{name}_{SUFFIXES[dtype]}"]
     function.argtypes = [*(_KINDS[letter] for letter in _SIGNATURES[name]), ctypes.c_int]
     function.restype = None
@@ -100,18 +108,25 @@ def _threads(work: int) -> int:
     return min(torch.get_num_threads(), work // WORK_OF_A_THREAD + 1)
 
 
-def made_for(*tensors: Tensor) -> bool:
-    """Whether the kernels can be had for these: float32 or bfloat16, contiguous, on the CPU, and not being compiled."""
+def made_for(*numbers: Tensor, float32: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernels can be had for `numbers`, of float32 or bfloat16 alike, and others that must be float32.
+
+    All must be contiguous, on the CPU, and not being compiled.
+    """
     return (
-        all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in tensors)
-        and all(x.is_contiguous() for x in tensors)
+        all(x.dtype == numbers[0].dtype for x in numbers)
+        and numbers[0].dtype in (torch.float32, torch.bfloat16)
+        and all(x.dtype == torch.float32 for x in float32)
+        and all(x.device.type == "cpu" and x.is_contiguous() for x in (*numbers, *float32))
         and not torch.compiler.is_compiling()
-        and available()
+        and why_not() is None
     )
 
 
 def products(matrices: Tensor, scales: Tensor | None, x: Tensor, ids: Tensor, copies: int = 1) -> Tensor:
     """y[n] = matrices[ids[n]] @ x[n // copies], every matrix read once. For few rows, and without gradients.
+
+    There is no other form of it: ask `why_not` first.
 
     Args:
         matrices: (E, out, in), float32, bfloat16 or int8, on the CPU.

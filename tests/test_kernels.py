@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import relative_error
+from tiny import relative_error, tiny_config
 
-from minimoe import kernels
+from minimoe import MiniMoeForCausalLM, kernels
 from minimoe.model.causal_attention import heads_backward, prepare_heads
+from minimoe.model.precision import float32_by_onednn
 
-needs_compiler = pytest.mark.skipif(not kernels.available(), reason="this machine has no C compiler for the kernels")
+needs_compiler = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
 # What a result is rounded to, and a little for the sums' order; bfloat16 has 8 bits.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -24,7 +26,7 @@ def without_kernels(monkeypatch):
 
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_library", lambda: None)
+            patch.setattr(kernels, "_library", lambda: "not wanted")
             return function(*args)
 
     return call
@@ -83,33 +85,47 @@ def test_every_row_is_multiplied_with_its_matrix(dtype, shape, threads, monkeypa
 def test_no_second_openmp_is_loaded():
     # Its threads would wait on the cores that torch's need.
     script = (
-        "import re, torch; from minimoe import kernels; assert kernels.available(); "
+        "import re, torch; from minimoe import kernels; assert not kernels.why_not(); "
         "print(len(set(re.findall(r'/\\S*omp\\S*so\\S*', open('/proc/self/maps').read()))))"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "1"
 
 
-def library_of_a_new_process(tmp_path, **environment):
-    script = "from minimoe import kernels; print(kernels.available())"
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment}
-    return subprocess.check_output([sys.executable, "-c", script], text=True, env=env).strip()
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """A function that loads the kernels anew, with a cache folder of its own."""
+
+    def call(cache=tmp_path / "cache", compiler="cc"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.setenv("CC", compiler)
+        return kernels._library.__wrapped__()
+
+    return call
 
 
-def test_without_a_compiler_there_are_none(tmp_path):
-    assert library_of_a_new_process(tmp_path, CC="no-such-compiler") == "False"
-    assert library_of_a_new_process(tmp_path, CC="false") == "False"  # one that fails
+def test_without_a_compiler_the_reason_is_told(load):
+    assert load(compiler="no-such-compiler") == "there is no C compiler 'no-such-compiler'"
+    assert load(compiler="false") == "false cannot compile them: exit status 1"
 
 
 @needs_compiler
-def test_they_are_compiled_once_and_again_when_the_file_is_broken(tmp_path):
-    assert library_of_a_new_process(tmp_path) == "True"
-    (compiled,) = (tmp_path / ".cache" / "minimoe").iterdir()
+def test_they_are_compiled_once_and_again_when_the_file_is_broken(load, tmp_path):
+    assert isinstance(load(), ctypes.CDLL)
+    (compiled,) = (tmp_path / "cache" / "minimoe").iterdir()
+    broken = tmp_path / "other" / "minimoe" / compiled.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"")
+    assert isinstance(load(tmp_path / "other"), ctypes.CDLL)
+    assert broken.stat().st_size > 0
     written = compiled.stat().st_mtime_ns
-    assert library_of_a_new_process(tmp_path) == "True"
+    assert isinstance(load(), ctypes.CDLL)
     assert compiled.stat().st_mtime_ns == written
-    compiled.write_bytes(b"")
-    assert library_of_a_new_process(tmp_path) == "True"
-    assert compiled.stat().st_size > 0
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_to_does_not_matter(load, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert isinstance(load(tmp_path / "file"), ctypes.CDLL)
 
 
 @needs_compiler
@@ -177,3 +193,21 @@ def test_heads_and_their_gradients_equal_torchs(
     truth = without_kernels(heads_backward, *exact[:2], 1e-3, *exact[2:], length, exact_grads, exact_out)
     assert relative_error(gained.double(), truth) < 3e-6  # sums over the tokens; some cancel
     assert relative_error(out.double(), exact_out) < TOLERANCES[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_models_loss_and_gradients_are_the_same_without_kernels(shared, without_kernels):
+    torch.manual_seed(0)
+    model = MiniMoeForCausalLM(tiny_config(n_shared_experts=shared, initializer_range=0.2)).train()
+    ids = torch.randint(model.config.vocab_size, (2, 48))
+
+    def loss_and_gradients():
+        model.zero_grad()
+        with float32_by_onednn(torch.device("cpu"), width=256):  # with attention's function for training
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    for result, expected in zip(loss_and_gradients(), without_kernels(loss_and_gradients), strict=True):
+        assert relative_error(result, expected) < 1e-5  # float32: sums in another order, through all layers

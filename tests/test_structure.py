@@ -25,7 +25,8 @@ BELOW = {
     "loading": {"tokenizer", "config", "errors", "model", "folder"},
     "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
     "generation": {"loading", "tokenizer", "config", "errors", "model", "kernels"},
-    "train": {"generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
+    "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "kernels"}
+    | {"tokenizer"},
     "cli": {"train", "generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -40,7 +40,7 @@ from minimoe.model.norm import MiniMoeRMSNorm, unit_rms
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import TopKRouter
 
-MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes twice as much again
+MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes as much again
 ROWS_HINT = 8  # rows that oneDNN picks its blocks for; measured as good from 1 to 128 rows
 FEW_ROWS = 4  # a matrix, on average; oneDNN is faster from 8 on
 
@@ -201,7 +201,7 @@ class PackedMatrices:
 
     def few(self, num_rows: int) -> bool:
         """Whether so many rows, spread over the matrices, are few."""
-        return num_rows <= FEW_ROWS * len(self._matrices) and kernels.available()
+        return num_rows <= FEW_ROWS * len(self._matrices) and kernels.why_not() is None
 
     def products(self, x: Tensor, ids: Tensor | None = None, copies: int = 1) -> Tensor:
         """Few rows: x (N / copies, in) and which matrix is for each copy, ids (N,), None for the only -> (N, out)."""
@@ -231,7 +231,7 @@ class PackedLinear:
     """x -> x W^T on weights (out, in) that are stacked."""
 
     def __init__(self, weights: WeightsName, *parts: Tensor) -> None:
-        self._matrix = PackedMatrices(torch.cat(parts)[None], weights)
+        self._matrix = PackedMatrices((torch.cat(parts) if len(parts) > 1 else parts[0])[None], weights)
 
     def __call__(self, rows: Tensor) -> Tensor:
         return self._matrix.products(rows) if self._matrix.few(len(rows)) else self._matrix.product(rows)

@@ -139,7 +139,7 @@ def prepare_heads(
     qkv: Tensor, gains: Tensor, kv_heads: int, eps: float, cos: Tensor, sin: Tensor, length: int
 ) -> Heads:
     """Norm and rotation in the precision of `gains`, one rounding after both; arguments as of `causal_attention`."""
-    if kernels.made_for(qkv, gains, cos, sin) and gains.dtype == cos.dtype == sin.dtype == torch.float32:
+    if kernels.made_for(qkv, float32=(gains, cos, sin)):
         return Heads(*kernels.heads(qkv, gains, cos, sin, eps, length, kv_heads), kv_heads)
     all_heads, head_dim = gains.shape
     x = qkv.unflatten(1, (-1, head_dim))  # (C*n, H + 2K, d)
@@ -161,8 +161,7 @@ def heads_backward(
     out: Tensor,
 ) -> Tensor:
     """Writes the gradient of qkv into `out`, from those of q, k and v, and returns that of the gains."""
-    tensors = (qkv, gains, cos, sin, *grads, out)
-    if kernels.made_for(*tensors) and all(x.dtype == torch.float32 for x in (gains, cos, sin, *grads[1:])):
+    if kernels.made_for(qkv, grads[0], out, float32=(gains, cos, sin, *grads[1:])):
         return kernels.heads_backward(qkv, gains, cos, sin, eps, length, grads, out)
     all_heads, head_dim = gains.shape
     kv_heads = grads[1].shape[0] * length // qkv.shape[0]

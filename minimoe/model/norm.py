@@ -50,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        if kernels.made_for(x, weight) and weight.dtype == torch.float32:
+        if kernels.made_for(x, float32=(weight,)):
             return kernels.rms_norm(x, weight, eps)
         return unit_rms(x, eps)[0].mul_(weight)
 
@@ -58,7 +58,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        if kernels.made_for(x, weight, grad) and weight.dtype == torch.float32:
+        if kernels.made_for(x, grad, float32=(weight,)):
             return *kernels.rms_norm_backward(x, weight, grad, ctx.eps), None
         # dx = inverse * (g - x_hat * mean(g * x_hat)), where x_hat = x * inverse and g = grad * weight
         x_hat, inverse = unit_rms(x, ctx.eps)

@@ -79,7 +79,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, order, weights)
         places = _inverse(order).view(weights.shape)  # (T, k): the row of each slot
-        if kernels.made_for(rows, weights) and weights.dtype == torch.float32:
+        if kernels.made_for(rows, float32=(weights,)):
             return kernels.sum_slots(rows, places, weights)
         dtype = torch.promote_types(rows.dtype, weights.dtype)
         combined = rows.new_empty(len(weights), rows.shape[1], dtype=dtype)
@@ -94,7 +94,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         rows, order, weights = ctx.saved_tensors
-        if kernels.made_for(rows, weights, grad) and grad.dtype == weights.dtype == torch.float32:
+        if kernels.made_for(rows, float32=(weights, grad)):
             grad_rows, grad_weights = kernels.sum_slots_backward(rows, order, weights, grad)
             return grad_rows, None, grad_weights
         dtype = torch.promote_types(rows.dtype, weights.dtype)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.optim import Optimizer
 
+from minimoe import kernels
 from minimoe.config import TrainConfig, TrainingRun
 from minimoe.data.loader import Data
 from minimoe.model.precision import float32_by_onednn, has_bf16
@@ -55,6 +57,7 @@ def print_plan(
         "precision": _precision(train, accelerator),
         "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} threads each",
+        "kernels": "torch's" if accelerator.device.type != "cpu" else _kernels(),
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
@@ -123,6 +126,11 @@ def _precision(train: TrainConfig, accelerator: Accelerator) -> str:
         return f"fp32 ({train.precision})"
     emulated = not has_bf16(accelerator.device)
     return f"bf16 ({train.precision})" + (", emulated: this hardware has no bf16, fp32 is faster" if emulated else "")
+
+
+def _kernels() -> str:
+    reason = kernels.why_not()
+    return f"torch's, slower than in C: {escape(reason)}" if reason else "in C, compiled for this CPU"
 
 
 def _duration(seconds: float) -> str:
