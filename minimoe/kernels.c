@@ -68,7 +68,7 @@ INLINE vec load_i8(const i8 *from, long n) {
 
 INLINE void store_f32(f32 *to, vec x, long n) { memcpy(to, &x, n * sizeof *to); }
 
-/* Rounded to the nearest, ties to even. */
+/* Rounded to the nearest, ties to even. (The instruction makes numbers below 1e-38 zero.) */
 INLINE void store_bf16(bf16 *to, vec x, long n) {
 #ifdef __AVX512BF16__
     __m256bh y = _mm512_cvtneps_pbh((__m512)x);

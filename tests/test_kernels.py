@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from tiny import relative_error, tiny_config
 from minimoe import MiniMoeForCausalLM, kernels
 from minimoe.model.causal_attention import heads_backward, prepare_heads
 from minimoe.model.precision import float32_by_onednn
+from minimoe.train import plan
 
 needs_compiler = pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
 # What a result is rounded to, and a little for the sums' order; bfloat16 has 8 bits.
@@ -211,3 +213,25 @@ def test_a_models_loss_and_gradients_are_the_same_without_kernels(shared, withou
 
     for result, expected in zip(loss_and_gradients(), without_kernels(loss_and_gradients), strict=True):
         assert relative_error(result, expected) < 1e-5  # float32: sums in another order, through all layers
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the compiler's option is for x86")
+def test_a_cpu_without_wide_vectors_and_bfloat16_computes_the_same(load, tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nexec /usr/bin/env cc "$@" -march=x86-64-v3\n')
+    compiler.chmod(0o755)
+    gate_up = torch.randn(50, 70).to(torch.bfloat16)
+    gate_up[3, 4] = float("nan")
+    expected = kernels.swiglu(gate_up)
+    library = load(compiler=str(compiler))
+    monkeypatch.setattr(kernels, "_library", lambda: library)
+    monkeypatch.setattr(kernels, "_kernel", kernels._kernel.__wrapped__)
+    result = kernels.swiglu(gate_up)
+    # Sums may be fused or not, so that a result between two numbers may become either of them.
+    torch.testing.assert_close(result, expected, rtol=2**-7, atol=0, equal_nan=True)
+
+
+def test_the_plan_tells_why_there_are_none(monkeypatch):
+    monkeypatch.setattr(kernels, "why_not", lambda: "cc cannot compile them: [x]")
+    assert plan._kernels() == r"torch's, slower than in C: cc cannot compile them: \[x]"
