@@ -194,70 +194,6 @@ void NAME(products)(const T *matrices, const f32 *scales, const int64_t *ids, lo
 
 #ifndef ONLY_PRODUCTS
 
-/* ---- SwiGLU: gate and up side by side in a row (n, 2I), their product (n, I) ---- */
-
-void NAME(swiglu)(const T *gate_up, T *out, long rows, long width, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * 2 * width, *up = gate + width;
-        T *to = out + row * width;
-        FOR_EACH_VECTOR(width, {
-            const vec g = LOAD(gate + i, n);
-            STORE(to + i, g * sigmoid(g) * LOAD(up + i, n), n);
-        });
-    }
-}
-
-/* `grad` (n, I) is read and overwritten with the output, which backward needs too. */
-void NAME(swiglu_backward)(const T *gate_up, T *grad, T *grad_gate_up, long rows, long width, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * 2 * width, *up = gate + width;
-        T *out = grad + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
-        FOR_EACH_VECTOR(width, {
-            const vec g = LOAD(gate + i, n), u = LOAD(up + i, n), grad_out = LOAD(out + i, n);
-            const vec s = sigmoid(g), silu = g * s;
-            STORE(grad_gate + i, grad_out * u * (s + silu * (1 - s)), n);
-            STORE(grad_up + i, grad_out * silu, n);
-            STORE(out + i, silu * u, n);
-        });
-    }
-}
-
-/* ---- tokens from rows: places[t][s] is the row of token t's slot s, order[r] the slot of row r, t * slots + s ---- */
-
-/* out[t] = the sum of weights[t][s] * rows[places[t][s]]; no weights are ones */
-void NAME(sum_slots)(const T *rows, const int64_t *places, const f32 *weights, f32 *out, long tokens, long slots,
-                     long width, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (long token = 0; token < tokens; token++)
-        FOR_EACH_VECTOR(width, {
-            vec total = zero;
-            for (long slot = token * slots; slot < (token + 1) * slots; slot++)
-                total += (weights ? weights[slot] : 1) * LOAD(rows + places[slot] * width + i, n);
-            store_f32(out + token * width + i, total, n);
-        });
-}
-
-/* From the gradient of the tokens that of the rows, each weight * grad, and of the weights, each grad . row. */
-void NAME(sum_slots_backward)(const T *rows, const int64_t *order, const f32 *weights, const f32 *grad, T *grad_rows,
-                              f32 *grad_weights, long count, long slots, long width, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < count; row++) {
-        const long slot = order[row];
-        const f32 *from = grad + slot / slots * width, weight = weights[slot];
-        vec total = zero;
-        FOR_EACH_VECTOR(width, {
-            const vec g = load_f32(from + i, n);
-            total += g * LOAD(rows + row * width + i, n);
-            STORE(grad_rows + row * width + i, weight * g, n);
-        });
-        grad_weights[slot] = sum(total);
-    }
-}
-
-/* ---- RMS norm ---- */
-
 INLINE f32 NAME(inverse_rms)(const T *x, long width, f32 eps) {
     vec total = zero;
     FOR_EACH_VECTOR(width, {
@@ -267,35 +203,95 @@ INLINE f32 NAME(inverse_rms)(const T *x, long width, f32 eps) {
     return 1 / sqrtf(sum(total) / width + eps);
 }
 
-void NAME(rms_norm)(const T *x, const f32 *weight, T *y, f32 eps, long rows, long width, int threads) {
+/* ---- SwiGLU: gate and up side by side in a row (n, 2I), their product (n, I), which may have a weight a row ---- */
+
+void NAME(swiglu)(const T *gate_up, const f32 *weights, T *out, long rows, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
-        const T *from = x + row * width;
-        const f32 inverse = NAME(inverse_rms)(from, width, eps);
-        FOR_EACH_VECTOR(width, STORE(y + row * width + i, inverse * LOAD(from + i, n) * load_f32(weight + i, n), n););
+        const T *gate = gate_up + row * 2 * width, *up = gate + width;
+        const f32 weight = weights ? weights[row] : 1;
+        T *to = out + row * width;
+        FOR_EACH_VECTOR(width, {
+            const vec g = LOAD(gate + i, n);
+            STORE(to + i, weight * g * sigmoid(g) * LOAD(up + i, n), n);
+        });
+    }
+}
+
+/* `grad` (n, I) is read and overwritten with the output, which backward needs too. */
+void NAME(swiglu_backward)(const T *gate_up, const f32 *weights, T *grad, T *grad_gate_up, f32 *grad_weights, long rows,
+                           long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * 2 * width, *up = gate + width;
+        T *out = grad + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
+        const f32 weight = weights[row];
+        vec total = zero;
+        FOR_EACH_VECTOR(width, {
+            const vec g = LOAD(gate + i, n), u = LOAD(up + i, n), grad_out = LOAD(out + i, n);
+            const vec s = sigmoid(g), silu = g * s, grad_product = weight * grad_out;
+            total += grad_out * silu * u;
+            STORE(grad_gate + i, grad_product * u * (s + silu * (1 - s)), n);
+            STORE(grad_up + i, grad_product * silu, n);
+            STORE(out + i, weight * silu * u, n);
+        });
+        grad_weights[row] = sum(total);
+    }
+}
+
+/* ---- rows of tokens, and tokens from rows ---- */
+
+/* out[r] = from[ids[r]] */
+void NAME(gather_rows)(const T *from, const int64_t *ids, T *out, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) memcpy(out + row * width, from + ids[row] * width, width * sizeof *out);
+}
+
+/* out[t] = the sum over s of rows[places[t][s]], rounded once */
+void NAME(sum_slots)(const T *rows, const int64_t *places, T *out, long tokens, long slots, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long token = 0; token < tokens; token++)
+        FOR_EACH_VECTOR(width, {
+            vec total = zero;
+            for (long slot = token * slots; slot < (token + 1) * slots; slot++)
+                total += LOAD(rows + places[slot] * width + i, n);
+            STORE(out + token * width + i, total, n);
+        });
+}
+
+/* ---- RMS norm, from float32 to T ---- */
+
+void NAME(rms_norm)(const f32 *x, const f32 *weight, T *y, f32 eps, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long row = 0; row < rows; row++) {
+        const f32 *from = x + row * width, inverse = inverse_rms_f32(from, width, eps);
+        FOR_EACH_VECTOR(width, {
+            STORE(y + row * width + i, inverse * load_f32(from + i, n) * load_f32(weight + i, n), n);
+        });
     }
 }
 
 /* grad_weights (threads, width), zeros before, are each thread's part of the weight's gradient. */
-void NAME(rms_norm_backward)(const T *x, const f32 *weight, const T *grad, T *grad_x, f32 *grad_weights, f32 eps,
+void NAME(rms_norm_backward)(const f32 *x, const f32 *weight, const T *grad, f32 *grad_x, f32 *grad_weights, f32 eps,
                              long rows, long width, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         f32 *grad_weight = grad_weights + omp_get_thread_num() * width;
 #pragma omp for
         for (long row = 0; row < rows; row++) {
-            const T *from = x + row * width, *g = grad + row * width;
-            const f32 inverse = NAME(inverse_rms)(from, width, eps);
+            const f32 *from = x + row * width, inverse = inverse_rms_f32(from, width, eps);
+            const T *g = grad + row * width;
+            f32 *to = grad_x + row * width;
             vec total = zero;
             FOR_EACH_VECTOR(width, {
-                const vec product = LOAD(g + i, n) * LOAD(from + i, n) * inverse;
+                const vec product = LOAD(g + i, n) * load_f32(from + i, n) * inverse;
                 total += product * load_f32(weight + i, n);
                 store_f32(grad_weight + i, load_f32(grad_weight + i, n) + product, n);
             });
             const f32 mean = sum(total) / width;
             FOR_EACH_VECTOR(width, {
-                const vec unit = LOAD(from + i, n) * inverse;
-                STORE(grad_x + row * width + i, inverse * (LOAD(g + i, n) * load_f32(weight + i, n) - unit * mean), n);
+                const vec unit = load_f32(from + i, n) * inverse;
+                store_f32(to + i, inverse * (LOAD(g + i, n) * load_f32(weight + i, n) - unit * mean), n);
             });
         }
     }

@@ -77,10 +77,10 @@ def why_not() -> str | None:
 # The arguments of each but the last, how many threads: addresses `p`, whole numbers `n`, fractions `f`.
 _SIGNATURES = {
     "products": "pppnppnnnn",
-    "swiglu": "ppnn",
-    "swiglu_backward": "pppnn",
-    "sum_slots": "ppppnnn",
-    "sum_slots_backward": "ppppppnnn",
+    "swiglu": "pppnn",
+    "swiglu_backward": "pppppnn",
+    "gather_rows": "pppnn",
+    "sum_slots": "pppnnn",
     "rms_norm": "pppfnn",
     "rms_norm_backward": "pppppfnn",
     "heads": "pppppppfnnnnn",
@@ -148,66 +148,72 @@ def products(matrices: Tensor, scales: Tensor | None, x: Tensor, ids: Tensor, co
     return y
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """(n, 2I), gate first -> silu(gate) * up (n, I)."""
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, each row times its weight: gate_up (n, 2I), gate first, weights (n,) or None -> (n, I)."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    if not made_for(gate_up):
+    if not made_for(gate_up, float32=() if weights is None else (weights,)):
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        out = F.silu(gate).mul_(up)
+        return out if weights is None else out.mul_(weights[:, None])
     out = gate_up.new_empty(rows, width)
-    _run("swiglu", gate_up.dtype, _threads(gate_up.numel()), gate_up, out, rows, width)
+    _run("swiglu", gate_up.dtype, _threads(gate_up.numel()), gate_up, weights, out, rows, width)
     return out
 
 
-def swiglu_backward(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The output again, and the gradient of gate_up (n, 2I), from the output's `grad` (n, I), which is overwritten."""
+def swiglu_backward(gate_up: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output again, and the gradients of gate_up (n, 2I) and of the weights (n,), from the output's.
+
+    `grad` (n, I) is overwritten.
+    """
     rows, width = grad.shape
-    grad_gate_up = torch.empty_like(gate_up)
-    if not made_for(gate_up, grad):
+    grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(weights)
+    if not made_for(gate_up, grad, float32=(weights,)):
         gate, up = gate_up.chunk(2, dim=-1)
         silu = F.silu(gate)
         out = silu * up
-        torch.mul(grad, silu, out=grad_gate_up[:, width:])
+        grad_weights.copy_((grad * out).sum(1, dtype=torch.promote_types(grad.dtype, weights.dtype)))
+        out.mul_(weights[:, None])
+        torch.mul(grad.mul_(weights[:, None]), silu, out=grad_gate_up[:, width:])
         torch.ops.aten.silu_backward(grad.mul_(up), gate, grad_input=grad_gate_up[:, :width])
-        return out, grad_gate_up
-    _run("swiglu_backward", gate_up.dtype, _threads(gate_up.numel()), gate_up, grad, grad_gate_up, rows, width)
-    return grad, grad_gate_up
+        return out, grad_gate_up, grad_weights
+    arguments = (gate_up, weights, grad, grad_gate_up, grad_weights, rows, width)
+    _run("swiglu_backward", gate_up.dtype, _threads(gate_up.numel()), *arguments)
+    return grad, grad_gate_up, grad_weights
+
+
+def gather_rows(rows: Tensor, ids: Tensor) -> Tensor:
+    """rows[ids]: (T, D), (N,) -> (N, D)."""
+    if not made_for(rows):
+        return rows.index_select(0, ids)
+    out = rows.new_empty(len(ids), rows.shape[1])
+    _run("gather_rows", rows.dtype, _threads(out.numel()), rows, ids, out, len(ids), rows.shape[1])
+    return out
 
 
 # What follows has its other form where it is called: ask `made_for` there.
 
 
-def sum_slots(rows: Tensor, places: Tensor, weights: Tensor | None) -> Tensor:
-    """The sum over s of weights[t, s] * rows[places[t, s]]: rows (N, D), places and float32 weights (T, k), None for
-    ones -> (T, D) float32."""
+def sum_slots(rows: Tensor, places: Tensor) -> Tensor:
+    """The sum over s of rows[places[t, s]], added up in float32: rows (N, D), places (T, k) -> (T, D)."""
     tokens, slots = places.shape
-    out = rows.new_empty(tokens, rows.shape[1], dtype=torch.float32)
-    arguments = (rows, places, weights, out, tokens, slots, rows.shape[1])
-    _run("sum_slots", rows.dtype, _threads(rows.numel()), *arguments)
+    out = rows.new_empty(tokens, rows.shape[1])
+    _run("sum_slots", rows.dtype, _threads(rows.numel()), rows, places, out, tokens, slots, rows.shape[1])
     return out
 
 
-def sum_slots_backward(rows: Tensor, order: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows (N, D) and weights (T, k) from the float32 sums' (T, D); order (N,) is each row's slot."""
-    grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
-    arguments = (rows, order, weights, grad, grad_rows, grad_weights, len(rows), weights.shape[1], rows.shape[1])
-    _run("sum_slots_backward", rows.dtype, _threads(rows.numel()), *arguments)
-    return grad_rows, grad_weights
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight (D,) float32."""
-    y, width = torch.empty_like(x), x.shape[-1]
-    _run("rms_norm", x.dtype, _threads(x.numel()), x, weight, y, eps, x.numel() // width, width)
-    return y
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x and weight (D,) float32."""
+    width = x.shape[-1]
+    _run("rms_norm", out.dtype, _threads(x.numel()), x, weight, out, eps, x.numel() // width, width)
+    return out
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight (D,)."""
+    """Gradients of x and of the weight (D,), float32, from that of the output."""
     grad_x, width, threads = torch.empty_like(x), x.shape[-1], _threads(x.numel())
     parts = weight.new_zeros(threads, width)
     arguments = (x, weight, grad, grad_x, parts, eps, x.numel() // width, width)
-    _run("rms_norm_backward", x.dtype, threads, *arguments)
+    _run("rms_norm_backward", grad.dtype, threads, *arguments)
     return grad_x, parts.sum(0)
 
 

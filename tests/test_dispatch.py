@@ -69,7 +69,9 @@ def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case
     assert relative_error(output, expected) <= TOLERANCE[dtype]
     for parameter, gradient in gradients.items():
         assert gradient is not None, parameter
-        assert relative_error(gradient, expected_gradients[parameter]) <= TOLERANCE[dtype], parameter
+        # A weight's gradient is one product of two rows, where terms cancel; the others are sums of many.
+        tolerance = TOLERANCE[dtype] * (2 if parameter == "weights" else 1)
+        assert relative_error(gradient, expected_gradients[parameter]) <= tolerance, parameter
 
 
 @pytest.mark.parametrize("rows", [1, 10, 74])
@@ -139,7 +141,7 @@ def test_the_gradient_of_a_token_in_bf16_is_rounded_once_not_for_every_slot():
     torch.manual_seed(0)
     rows, order = torch.randn(37 * 5, HIDDEN).bfloat16(), torch.randperm(37 * 5)
     exact = rows.double()[order.argsort()].view(37, 5, HIDDEN).sum(1)
-    assert torch.equal(sum_slots(rows, order, 5, torch.bfloat16), exact.bfloat16())
+    assert torch.equal(sum_slots(rows, order, 5), exact.bfloat16())
 
 
 def test_experts_keep_no_copies_of_tokens_for_backward():
@@ -147,9 +149,9 @@ def test_experts_keep_no_copies_of_tokens_for_backward():
     order, ends = sort_by_expert(route("spread", 37, 2), NUM_EXPERTS)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
-        experts(tokens, order, 2, ends)
+        experts(tokens, order, torch.rand(37, 2), ends)
     assert (37, HIDDEN) in kept
-    assert (74, HIDDEN) not in kept
+    assert (74, HIDDEN) not in kept  # nor of results
 
 
 def test_an_idle_expert_gets_a_gradient_of_zeros_so_that_data_parallel_training_cannot_hang():
@@ -181,14 +183,16 @@ def test_both_kernels_equal_one_expert_after_the_other(dtype, sizes):
         torch.nn.init.normal_(parameter, std=0.3)
     weights = experts.gate_up_proj, experts.down_proj
     rows = torch.randn(sum(sizes), HIDDEN, dtype=dtype, requires_grad=True)
+    row_weights = torch.rand(len(rows), 1, requires_grad=True)
     target = torch.randn(sum(sizes), HIDDEN, dtype=dtype)
     ends = torch.tensor(sizes).cumsum(0)
 
     def results(output):
-        return [output, *torch.autograd.grad((output * target).sum(), [rows, *weights])]
+        return [output, *torch.autograd.grad((output * target).sum(), [rows, row_weights, *weights])]
 
     groups = zip(rows.split(sizes), experts.unstacked(), strict=True)
-    expected = results(torch.cat([swiglu(group, *expert) for group, expert in groups]))
-    for kernel in (experts(rows, torch.arange(len(rows)), 1, ends), grouped_mm_swiglu(rows, *weights, ends)):
+    expected = results(torch.cat([swiglu(group, *expert) for group, expert in groups]) * row_weights)
+    stacked = grouped_mm_swiglu(rows, *weights, row_weights[:, 0], ends)
+    for kernel in (experts(rows, torch.arange(len(rows)), row_weights, ends), stacked):
         for value, reference in zip(results(kernel), expected, strict=True):
             assert relative_error(value, reference) <= TOLERANCE[dtype]

@@ -11,7 +11,7 @@ import torch
 from tiny import relative_error, tiny_config, tiny_model
 from transformers.cache_utils import StaticCache
 
-from minimoe.model import experts, precision
+from minimoe.model import decoder, experts, precision
 from minimoe.model.attention import document_lengths
 from minimoe.model.decoder import MiniMoeForCausalLM
 
@@ -25,7 +25,7 @@ BATCHES = {
 @pytest.fixture
 def no_autocast(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    for module in (precision, experts):
+    for module in (decoder, experts, precision):
         monkeypatch.setattr(module, "compute_dtype", lambda _, default: default)
 
 

@@ -37,17 +37,28 @@ def without_kernels(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(3, 64), (1, 5), (37, 16), (500, 83), (0, 16)])
-def test_swiglu_and_its_gradients_equal_torchs(rows, width, dtype, without_kernels):
+def test_swiglu_and_its_gradients_are_those_of_the_definition(rows, width, dtype, without_kernels):
     torch.manual_seed(0)
-    gate_up, grad = 4 * torch.randn(rows, 2 * width), torch.randn(rows, width)
-    gate_up, grad = gate_up.to(dtype), grad.to(dtype)
-    exact = without_kernels(kernels.swiglu, gate_up.double())
-    exact_back = without_kernels(kernels.swiglu_backward, gate_up.double(), grad.double())
-    results = (kernels.swiglu(gate_up), *kernels.swiglu_backward(gate_up, grad.clone()))
-    for result, expected in zip(results, (exact, *exact_back), strict=True):
-        assert result.dtype == dtype
+    gate_up, grad = (4 * torch.randn(rows, 2 * width)).to(dtype), torch.randn(rows, width).to(dtype)
+    weights = torch.rand(rows)
+    exact_gate_up, exact_weights = gate_up.double().requires_grad_(), weights.double().requires_grad_()
+    gate, up = exact_gate_up.chunk(2, dim=-1)
+    exact = F.silu(gate) * up * exact_weights[:, None]
+    exact.backward(grad.double())
+    truth = (exact, exact, exact_gate_up.grad, exact_weights.grad)
+
+    def results(gate_up, weights, grad):
+        return kernels.swiglu(gate_up, weights), *kernels.swiglu_backward(gate_up, weights, grad.clone())
+
+    for result, expected in zip(results(gate_up, weights, grad), truth, strict=True):
+        assert result.dtype == (torch.float32 if expected is exact_weights.grad else dtype)
         assert result.shape == expected.shape
         assert relative_error(result.double(), expected) < TOLERANCES[dtype] or rows == 0
+    exactly = without_kernels(results, gate_up.double(), weights.double(), grad.double())
+    for result, expected in zip(exactly, truth, strict=True):
+        assert relative_error(result, expected) < 1e-12 or rows == 0
+    plain = kernels.swiglu(gate_up)
+    assert torch.equal(plain, kernels.swiglu(gate_up, torch.ones(rows)))
 
 
 @needs_compiler
@@ -133,36 +144,29 @@ def test_a_cache_that_cannot_be_written_to_does_not_matter(load, tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "slots", "width"), [(7, 1, 16), (300, 4, 83), (5, 2, 3)])
-def test_slots_are_summed_and_their_gradients_are_those_of_the_definition(tokens, slots, width, dtype):
+def test_rows_are_gathered_and_slots_are_summed(tokens, slots, width, dtype):
     torch.manual_seed(0)
-    rows = torch.randn(tokens * slots, width).to(dtype)
-    order, weights, grad = torch.randperm(tokens * slots), torch.rand(tokens, slots), torch.randn(tokens, width)
-    places = order.argsort().view(tokens, slots)
-    exact_rows, exact_weights = rows.double().requires_grad_(), weights.double().requires_grad_()
-    expected = (exact_rows[places] * exact_weights[..., None]).sum(1)
-    expected.backward(grad.double())
-    result = kernels.sum_slots(rows, places, weights)
-    assert result.dtype == torch.float32
-    assert relative_error(result.double(), expected) < 1e-6
-    plain = kernels.sum_slots(rows, places, None)
-    assert relative_error(plain.double(), rows.double()[places].sum(1)) < 1e-6
-    grad_rows, grad_weights = kernels.sum_slots_backward(rows, order, weights, grad)
-    assert grad_rows.dtype == dtype
-    assert relative_error(grad_rows.double(), exact_rows.grad) < TOLERANCES[dtype]
-    assert relative_error(grad_weights.double(), exact_weights.grad) < 1e-6
+    rows, places = torch.randn(tokens * slots, width).to(dtype), torch.randperm(tokens * slots).view(tokens, slots)
+    result = kernels.sum_slots(rows, places)
+    assert result.dtype == dtype
+    assert relative_error(result.double(), rows.double()[places].sum(1)) < TOLERANCES[dtype]
+    ids = torch.randint(len(rows), (2 * len(rows),))
+    assert torch.equal(kernels.gather_rows(rows, ids), rows[ids])
 
 
 @needs_compiler
 @pytest.mark.parametrize("shape", [(3, 5, 16), (700, 83), (1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rms_norm_and_its_gradients_equal_torchs(shape, threads, monkeypatch):
+def test_rms_norm_and_its_gradients_equal_torchs(shape, dtype, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
-    x, weight, grad = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape)
+    x, weight, grad = torch.randn(shape), torch.randn(shape[-1]), torch.randn(shape).to(dtype)
     exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
     expected = F.rms_norm(exact_x, weight.shape, exact_weight, eps=1e-3)
     expected.backward(grad.double())
-    assert relative_error(kernels.rms_norm(x, weight, 1e-3).double(), expected) < 1e-6
+    result = kernels.rms_norm(x, weight, 1e-3, torch.empty_like(grad))
+    assert relative_error(result.double(), expected) < TOLERANCES[dtype]
     grad_x, grad_weight = kernels.rms_norm_backward(x, weight, grad, 1e-3)
     # The gradient along x cancels: what is left is up to a few times smaller than what was subtracted.
     assert relative_error(grad_x.double(), exact_x.grad) < 3e-6

@@ -245,7 +245,7 @@ class PackedNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         if kernels.made_for(x):
-            return kernels.rms_norm(x, self._weight, self._eps)
+            return kernels.rms_norm(x.float(), self._weight, self._eps, torch.empty_like(x))
         return (unit_rms(x.float(), self._eps)[0] * self._weight).to(x.dtype)
 
 

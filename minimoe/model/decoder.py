@@ -42,7 +42,7 @@ from minimoe.model.losses import (
 )
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.norm import MiniMoeRMSNorm
-from minimoe.model.precision import to_compute_dtype
+from minimoe.model.precision import compute_dtype
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import RouterOutput, TopKRouter
 
@@ -60,11 +60,9 @@ class MiniMoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, RouterOutput | None]:
         """x (B, S, D) -> (B, S, D) and the router's decision; None in a dense layer."""
-        # Cast once here: under autocast, every projection would cast its input again.
-        (normed,) = to_compute_dtype(self.input_layernorm(x))
-        x = x + self.self_attn(normed, **kwargs)[0]
-        (normed,) = to_compute_dtype(self.post_attention_layernorm(x))
-        y = self.mlp(normed)
+        dtype = compute_dtype(x.device, x.dtype)  # under autocast, every projection would cast its input again
+        x = x + self.self_attn(self.input_layernorm(x, dtype), **kwargs)[0]
+        y = self.mlp(self.post_attention_layernorm(x, dtype))
         y, routing = y if isinstance(y, tuple) else (y, None)
         return x + y, routing
 

@@ -46,10 +46,10 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
     """
     # dispatch: one row per slot, in the order of the experts
     order, ends = sort_by_expert(expert_ids, experts.down_proj.shape[0])
-    # experts: each gathers and computes its contiguous rows of tokens.repeat_interleave(k, dim=0)[order]
-    outputs = experts(tokens, order, expert_ids.shape[1], ends)  # (T*k, D)
-    # combine: every result returns to its slot; k weighted slots make one token
-    return combine_rows(outputs, order, weights).to(tokens.dtype)
+    # experts: each gathers its contiguous rows of tokens.repeat_interleave(k, dim=0)[order], computes and weighs them
+    outputs = experts(tokens, order, weights, ends)  # (T*k, D)
+    # combine: every result returns to its slot; k slots make one token
+    return combine_rows(outputs, order, expert_ids.shape[1]).to(tokens.dtype)
 
 
 def grouped(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:

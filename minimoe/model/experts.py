@@ -30,13 +30,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
 
-    def forward(self, tokens: Tensor, order: Tensor, num_slots: int, ends: Tensor) -> Tensor:
-        """Apply expert e to rows[ends[e-1]:ends[e]], where rows = tokens.repeat_interleave(num_slots, dim=0)[order].
+    def forward(self, tokens: Tensor, order: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Weighted results of expert e for rows[ends[e-1]:ends[e]], where rows are the tokens' k copies in `order`.
+
+        It is the activations that are multiplied by the weights, as what follows is linear: a weight's gradient is then
+        the product of two rows that backward has at hand, and the results need not be kept for it.
 
         Args:
             tokens: (T, D).
-            order: (N,), which slot each row is, sorted by expert; slot s belongs to token s // num_slots.
-            num_slots: copies of each token; N = T * num_slots.
+            order: (N,), which slot each row is, sorted by expert; slot s belongs to token s // k, N = T * k.
+            weights: (T, k), of the slots.
             ends: (E,) int64, where each expert's group ends; counts [6, 9, 5] -> ends [6, 15, 20].
 
         Returns:
@@ -44,8 +47,9 @@ class Experts(nn.Module):
         """
         if self.stay_on_device(tokens):
             tokens, gate_up, down = to_compute_dtype(tokens, self.gate_up_proj, self.down_proj)
-            return grouped_mm_swiglu(replicate_rows(tokens, order, num_slots), gate_up, down, ends)
-        return _GroupedSwiGLU.apply(tokens, order, num_slots, self.gate_up_proj, self.down_proj, ends.tolist())
+            rows, row_weights = replicate_rows(tokens, order, weights.shape[1]), weights.flatten().gather(0, order)
+            return grouped_mm_swiglu(rows, gate_up, down, row_weights, ends)
+        return _GroupedSwiGLU.apply(tokens, order, weights, self.gate_up_proj, self.down_proj, ends.tolist())
 
     def stay_on_device(self, rows: Tensor) -> bool:
         """Whether kernels read the groups' sizes where they are, so that the host never waits for the device.
@@ -67,11 +71,12 @@ def swiglu(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-def grouped_mm_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm_swiglu(rows: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """All experts on their rows in two kernels that read `ends` on the device, so that the host need not wait."""
     offsets = ends.to(torch.int32)
     gate, up = F.grouped_mm(rows, gate_up.mT, offs=offsets).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.mT, offs=offsets)
+    activated = (F.silu(gate) * up * weights[:, None]).to(rows.dtype)
+    return F.grouped_mm(activated, down.mT, offs=offsets)
 
 
 class _GroupedSwiGLU(torch.autograd.Function):
@@ -84,44 +89,54 @@ class _GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, order: Tensor, num_slots: int, gate_up: Tensor, down: Tensor, ends: list[int]
+        ctx: Any, tokens: Tensor, order: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ends: list[int]
     ) -> Tensor:
         width, dtype = down.shape[2], compute_dtype(tokens.device, tokens.dtype)
-        ctx.num_slots, ctx.grad_dtype = num_slots, tokens.dtype
+        ctx.grad_dtype = tokens.dtype
         groups, length = groups_of_rows(ends, tokens.device, dtype)
         tokens = tokens.to(dtype)
-        token_ids = F.pad(order // num_slots, (0, length - len(order)))
+        missing = length - len(order)
+        token_ids = F.pad(order // weights.shape[1], (0, missing))
+        row_weights = F.pad(weights.flatten()[order], (0, missing))
         hidden = tokens.new_empty(length, 2 * width)
         out = tokens.new_empty(length, tokens.shape[1])
         for expert, group, _ in groups:
-            rows = tokens.index_select(0, token_ids[group])
+            rows = kernels.gather_rows(tokens, token_ids[group])
             torch.mm(rows, gate_up[expert].to(dtype).t(), out=hidden[group])
-            torch.mm(kernels.swiglu(hidden[group]), down[expert].to(dtype).t(), out=out[group])
-        ctx.save_for_backward(tokens, token_ids, order, gate_up, down, hidden)
+            activated = kernels.swiglu(hidden[group], row_weights[group])
+            torch.mm(activated, down[expert].to(dtype).t(), out=out[group])
+        ctx.save_for_backward(tokens, token_ids, order, row_weights, gate_up, down, hidden)
         ctx.groups = groups
         return out[: len(order)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, token_ids, order, gate_up, down, hidden = ctx.saved_tensors
+        tokens, token_ids, order, row_weights, gate_up, down, hidden = ctx.saved_tensors
         grad_out = grad_out.contiguous()
         grad_rows = tokens.new_empty(hidden.shape[0], tokens.shape[1])
+        grad_row_weights = torch.empty_like(row_weights)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         for expert, group, size in ctx.groups:
             grad_group = _take(grad_out, group)
             grad_activated = grad_group @ down[expert].to(tokens.dtype)
-            activated, grad_hidden = kernels.swiglu_backward(hidden[group], grad_activated)
+            activated, grad_hidden, grad_row_weights[group] = kernels.swiglu_backward(
+                hidden[group], row_weights[group], grad_activated
+            )
             activated[size:] = grad_hidden[size:] = 0  # rows of other experts add nothing to this one's weights
             _product_into(grad_down[expert], grad_group.t(), activated)
             torch.mm(grad_hidden, gate_up[expert].to(tokens.dtype), out=grad_rows[group])
-            rows = tokens.index_select(0, token_ids[group])
+            rows = kernels.gather_rows(tokens, token_ids[group])
             _product_into(grad_gate_up[expert], grad_hidden.t(), rows)
         for expert in set(range(len(down))).difference(group.expert for group in ctx.groups):
             grad_down[expert].zero_()
             grad_gate_up[expert].zero_()
-        grad_tokens = sum_slots(grad_rows, order, ctx.num_slots, ctx.grad_dtype)
-        return grad_tokens, None, None, grad_gate_up, grad_down, None
+        own = slice(len(order))
+        grad_weights = (
+            torch.empty_like(row_weights[own]).scatter_(0, order, grad_row_weights[own]).view(len(tokens), -1)
+        )
+        grad_tokens = sum_slots(grad_rows, order, grad_weights.shape[1]).to(ctx.grad_dtype)
+        return grad_tokens, None, grad_weights, grad_gate_up, grad_down, None
 
 
 def _take(rows: Tensor, group: slice) -> Tensor:

@@ -26,11 +26,12 @@ class MiniMoeRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x of any shape (..., D); in `dtype`, or by default in that of x times the weight."""
         if x.device.type == "cpu" and torch.is_grad_enabled() and x.dtype == torch.float32:
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        normed = F.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+            return _RMSNorm.apply(x, self.weight, self.eps, dtype or x.dtype)
+        normed = self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return normed if dtype is None else normed.to(dtype)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -47,22 +48,23 @@ def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        if kernels.made_for(x, float32=(weight,)):
-            return kernels.rms_norm(x, weight, eps)
-        return unit_rms(x, eps)[0].mul_(weight)
+        out = torch.empty_like(x, dtype=dtype)
+        if kernels.made_for(out, float32=(x, weight)):
+            return kernels.rms_norm(x, weight, eps, out)
+        return unit_rms(x, eps)[0].mul_(weight).to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        if kernels.made_for(x, grad, float32=(weight,)):
-            return *kernels.rms_norm_backward(x, weight, grad, ctx.eps), None
+        if kernels.made_for(grad, float32=(x, weight)):
+            return *kernels.rms_norm_backward(x, weight, grad, ctx.eps), None, None
         # dx = inverse * (g - x_hat * mean(g * x_hat)), where x_hat = x * inverse and g = grad * weight
         x_hat, inverse = unit_rms(x, ctx.eps)
         product = grad * x_hat
         mean = (product @ weight).div_(weight.shape[0])[..., None]
         grad_x = (grad * weight).addcmul_(x_hat, mean, value=-1).mul_(inverse)
-        return grad_x, product.flatten(0, -2).sum(0), None
+        return grad_x, product.flatten(0, -2).sum(0), None, None
