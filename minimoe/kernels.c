@@ -16,6 +16,7 @@
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
+#define ONCE static __attribute__((noipa)) /* not compiled anew for a call's constants, as someone waits for it */
 
 typedef float f32;
 typedef uint16_t bf16; /* the upper half of a float32 */
@@ -136,16 +137,35 @@ INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 #include "kernels.c"
 #undef T
 #define T i8
-#define ONLY_PRODUCTS
+#define ONLY_MATRICES
 #include "kernels.c"
 
 #else /* for each T */
 
+#ifndef ONLY_MATRICES
+
+INLINE f32 NAME(inverse_rms)(const T *x, long width, f32 eps) {
+    vec total = zero;
+    FOR_EACH_VECTOR(width, {
+        const vec y = LOAD(x + i, n);
+        total += y * y;
+    });
+    return 1 / sqrtf(sum(total) / width + eps);
+}
+
+/* y = the RMS norm of x */
+INLINE void NAME(norm_row)(const f32 *x, const f32 *gains, T *y, f32 eps, long width) {
+    const f32 inverse = inverse_rms_f32(x, width, eps);
+    FOR_EACH_VECTOR(width, STORE(y + i, inverse * load_f32(x + i, n) * load_f32(gains + i, n), n););
+}
+
+#endif
+
 /* ---- few rows times large matrices, as fast as memory is read ---- */
 
-/* to[r][o] = scale * (w . from[r]) for `count` rows, whose sums stay in registers: `parts` of each, so that an addition
-   need not wait for the one before. */
-INLINE void NAME(dots)(const T *w, const f32 **from, f32 **to, long o, long in, f32 scale, const int count,
+/* to[r][o] = scale * (w . from[r]), or that more, for `count` rows, whose sums stay in registers: `parts` of each, so
+   that an addition need not wait for the one before. */
+INLINE void NAME(dots)(const T *w, const f32 **from, f32 **to, long o, long in, f32 scale, int add, const int count,
                        const int parts) {
     vec sums[8][4] = {0};
     const long even = in / (parts * LANES) * (parts * LANES);
@@ -166,49 +186,86 @@ INLINE void NAME(dots)(const T *w, const f32 **from, f32 **to, long o, long in, 
         vec total = sums[r][0];
 #pragma GCC unroll 4
         for (int part = 1; part < parts; part++) total += sums[r][part];
-        to[r][o] = scale * sum(total);
+        to[r][o] = scale * sum(total) + (add ? to[r][o] : 0);
     }
 }
 
-/* y[n] = matrices[ids[n]] (out, in) @ x[n / copies], for n < rows; a matrix is read once for all of its rows */
-void NAME(products)(const T *matrices, const f32 *scales, const int64_t *ids, long count, const f32 *x, f32 *y,
-                    long rows, long copies, long in, long out, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        const long thread = omp_get_thread_num();
-        const long first = out * thread / threads, last = out * (thread + 1) / threads;
-        const f32 *from[rows];
-        f32 *to[rows];
-        for (long m = 0; m < count; m++) {
-            long size = 0;
-            for (long n = 0; n < rows; n++)
-                if (ids[n] == m) {
-                    from[size] = x + n / copies * in;
-                    to[size++] = y + n * out;
-                }
-            for (long o = first; size && o < last; o++) {
-                const T *w = matrices + (m * out + o) * in;
-                const f32 scale = scales ? scales[m * out + o] : 1;
-                long r = 0;
-                for (; r + 8 <= size; r += 8) NAME(dots)(w, from + r, to + r, o, in, scale, 8, 2);
-                for (; r + 4 <= size; r += 4) NAME(dots)(w, from + r, to + r, o, in, scale, 4, 2);
-                for (; r + 2 <= size; r += 2) NAME(dots)(w, from + r, to + r, o, in, scale, 2, 4);
-                if (r < size) NAME(dots)(w, from + r, to + r, o, in, scale, 1, 4);
+/* y[n][o] = matrices[ids[n]][o] . x[n / copies], or that more, for n < rows and first <= o < last. Rows of x begin
+   `stride` numbers apart. A matrix is read once for all of its rows. */
+ONCE void NAME(multiply)(const T *matrices, const f32 *scales, const int64_t *ids, long count, const f32 *x,
+                           long stride, f32 *y, int add, long rows, long copies, long in, long out, long first,
+                           long last) {
+    const f32 *from[rows];
+    f32 *to[rows];
+    for (long m = 0; m < count; m++) {
+        long size = 0;
+        for (long n = 0; n < rows; n++)
+            if (ids[n] == m) {
+                from[size] = x + n / copies * stride;
+                to[size++] = y + n * out;
             }
+        for (long o = first; size && o < last; o++) {
+            const T *w = matrices + (m * out + o) * in;
+            const f32 scale = scales ? scales[m * out + o] : 1;
+            long r = 0;
+            for (; r + 8 <= size; r += 8) NAME(dots)(w, from + r, to + r, o, in, scale, add, 8, 2);
+            for (; r + 4 <= size; r += 4) NAME(dots)(w, from + r, to + r, o, in, scale, add, 4, 2);
+            for (; r + 2 <= size; r += 2) NAME(dots)(w, from + r, to + r, o, in, scale, add, 2, 4);
+            if (r < size) NAME(dots)(w, from + r, to + r, o, in, scale, add, 1, 4);
         }
     }
 }
 
-#ifndef ONLY_PRODUCTS
-
-INLINE f32 NAME(inverse_rms)(const T *x, long width, f32 eps) {
-    vec total = zero;
-    FOR_EACH_VECTOR(width, {
-        const vec y = LOAD(x + i, n);
-        total += y * y;
-    });
-    return 1 / sqrtf(sum(total) / width + eps);
+/* y[n] = matrices[ids[n]] (out, in) @ x[n / copies], or that more. With gains it is their RMS norm that is multiplied;
+   it goes to `normed`. */
+void NAME(products)(const T *matrices, const f32 *scales, const int64_t *ids, long count, const f32 *x,
+                    const f32 *gains, f32 eps, f32 *normed, f32 *y, long add, long rows, long copies, long in, long out,
+                    int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num();
+        if (gains) {
+#pragma omp for
+            for (long row = 0; row < rows / copies; row++)
+                norm_row_f32(x + row * in, gains, normed + row * in, eps, in);
+        }
+        NAME(multiply)(matrices, scales, ids, count, gains ? normed : x, in, y, add, rows, copies, in, out,
+                       out * thread / threads, out * (thread + 1) / threads);
+    }
 }
+
+/* y[t] += the sum over its slots of weights[t][s] * (down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))), where e is
+   ids[t][s]. In `hidden` (rows, 2 * width) and `outputs` (rows, in) is what is made on the way. */
+void NAME(experts)(const T *gate_up, const f32 *gate_up_scales, const T *down, const f32 *down_scales,
+                   const int64_t *ids, const f32 *weights, long count, const f32 *x, f32 *hidden, f32 *outputs, f32 *y,
+                   long tokens, long slots, long in, long width, int threads) {
+    const long rows = tokens * slots;
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num();
+        long first = width * thread / threads, last = width * (thread + 1) / threads;
+        for (long part = 0; part <= width; part += width)
+            NAME(multiply)(gate_up, gate_up_scales, ids, count, x, in, hidden, 0, rows, slots, in, 2 * width,
+                           part + first, part + last);
+        for (long row = 0; row < rows; row++) {
+            f32 *gate = hidden + row * 2 * width + first;
+            FOR_EACH_VECTOR(last - first, {
+                const vec g = load_f32(gate + i, n);
+                store_f32(gate + i, g * sigmoid(g) * load_f32(gate + width + i, n), n);
+            });
+        }
+#pragma omp barrier
+        first = in * thread / threads, last = in * (thread + 1) / threads;
+        NAME(multiply)(down, down_scales, ids, count, hidden, 2 * width, outputs, 0, rows, 1, width, in, first, last);
+        for (long row = 0; row < rows; row++) {
+            const f32 weight = weights[row], *from = outputs + row * in + first;
+            f32 *to = y + row / slots * in + first;
+            FOR_EACH_VECTOR(last - first, store_f32(to + i, load_f32(to + i, n) + weight * load_f32(from + i, n), n););
+        }
+    }
+}
+
+#ifndef ONLY_MATRICES
 
 /* ---- SwiGLU: gate and up side by side in a row (n, 2I), their product (n, I), which may have a weight a row ---- */
 
@@ -273,12 +330,7 @@ void NAME(sum_slots)(const T *rows, const int64_t *places, T *out, long tokens, 
 
 void NAME(rms_norm)(const f32 *x, const f32 *weight, T *y, f32 eps, long rows, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < rows; row++) {
-        const f32 *from = x + row * width, inverse = inverse_rms_f32(from, width, eps);
-        FOR_EACH_VECTOR(width, {
-            STORE(y + row * width + i, inverse * load_f32(from + i, n) * load_f32(weight + i, n), n);
-        });
-    }
+    for (long row = 0; row < rows; row++) NAME(norm_row)(x + row * width, weight, y + row * width, eps, width);
 }
 
 /* grad_weights (threads, width), zeros before, are each thread's part of the weight's gradient. */
@@ -381,6 +433,41 @@ void NAME(heads_backward)(const T *qkv, const f32 *gains, const f32 *cos, const 
                     STORE(to + i, inverse * (load_f32(turned + i, n) * load_f32(gain + i, n) - unit * mean), n);
                 });
             }
+        }
+    }
+}
+
+/* ---- attention of one query a head, over all positions of a cache ----
+
+   q and out are (sequences, group, d), keys and values (sequences, capacity, d) of which `length` are used; sequences
+   begin `stride` numbers apart, and `kv_heads` of them share a row of bias (length), if there is any. `scores`
+   (sequences, group, length) is for what is made on the way. */
+
+void NAME(attend)(const T *q, const T *keys, const T *values, const f32 *bias, f32 scale, f32 *scores, T *out,
+                  long sequences, long kv_heads, long group, long length, long stride, long d, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long sequence = 0; sequence < sequences; sequence++) {
+        const T *k = keys + sequence * stride, *v = values + sequence * stride;
+        for (long head = sequence * group; head < (sequence + 1) * group; head++) {
+            f32 *weights = scores + head * length, largest = -__builtin_inff();
+            for (long at = 0; at < length; at++) {
+                vec product = zero;
+                FOR_EACH_VECTOR(d, product += LOAD(q + head * d + i, n) * LOAD(k + at * d + i, n););
+                weights[at] = scale * sum(product) + (bias ? bias[sequence / kv_heads * length + at] : 0);
+                largest = weights[at] > largest ? weights[at] : largest;
+            }
+            vec totals = zero;
+            FOR_EACH_VECTOR(length, {
+                const vec e = exponential(load_f32(weights + i, n) - largest);
+                store_f32(weights + i, e, n);
+                for (long lane = 0; lane < n; lane++) totals[lane] += e[lane];
+            });
+            const f32 inverse = 1 / sum(totals);
+            FOR_EACH_VECTOR(d, {
+                vec total = zero;
+                for (long at = 0; at < length; at++) total += weights[at] * LOAD(v + at * d + i, n);
+                STORE(out + head * d + i, inverse * total, n);
+            });
         }
     }
 }

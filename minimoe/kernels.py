@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,9 @@ def why_not() -> str | None:
 
 # The arguments of each but the last, how many threads: addresses `p`, whole numbers `n`, fractions `f`.
 _SIGNATURES = {
-    "products": "pppnppnnnn",
+    "products": "pppnppfppnnnnn",
+    "experts": "ppppppnppppnnnn",
+    "attend": "ppppfppnnnnnn",
     "swiglu": "pppnn",
     "swiglu_backward": "pppppnn",
     "gather_rows": "pppnn",
@@ -123,29 +125,91 @@ def made_for(*numbers: Tensor, float32: Sequence[Tensor] = ()) -> bool:
     )
 
 
-def products(matrices: Tensor, scales: Tensor | None, x: Tensor, ids: Tensor, copies: int = 1) -> Tensor:
-    """y[n] = matrices[ids[n]] @ x[n // copies], every matrix read once. For few rows, and without gradients.
+class Matrices(NamedTuple):
+    """Of as many outputs and inputs each; of int8 numbers an output's products are multiplied by its scale."""
 
-    There is no other form of it: ask `why_not` first.
+    numbers: Tensor  # (E, out, in), float32, bfloat16 or int8, contiguous, on the CPU
+    scales: Tensor | None  # (E, out) float32
+
+
+# The next three are for few rows, as fast as memory is read, without gradients. They have no other form: ask `why_not`.
+
+
+def products(
+    matrices: Matrices,
+    x: Tensor,
+    ids: Tensor,
+    copies: int = 1,
+    norm: tuple[Tensor, float] | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """y[n] = matrices[ids[n]] @ x[n // copies], every matrix read once.
 
     Args:
-        matrices: (E, out, in), float32, bfloat16 or int8, on the CPU.
-        scales: (E, out) float32, by which the outputs are multiplied, or None.
         x: (N / copies, in).
         ids: (N,) int64, from 0 to E - 1.
+        norm: weight (in,) float32 and eps of an RMS norm of x before.
+        add: (N, out) float32, which the products are added to, in place.
 
     Returns:
-        (N, out) float32.
+        (N, out) float32; `add`, if there is one.
     """
-    assert matrices.is_contiguous()
-    assert ids.is_contiguous()
-    count, outputs, inputs = matrices.shape
-    rows = len(ids)
-    x = x.float().contiguous()
-    y = x.new_empty(rows, outputs)
-    threads = _threads(rows * outputs * inputs)
-    _run("products", matrices.dtype, threads, matrices, scales, ids, count, x, y, rows, copies, inputs, outputs)
+    numbers, scales = matrices
+    count, outputs, inputs = numbers.shape
+    x, rows = x.float().contiguous(), len(ids)
+    y = x.new_empty(rows, outputs) if add is None else add
+    assert all(tensor.is_contiguous() for tensor in (numbers, ids, y))
+    gains, eps, normed = (None, 0.0, None) if norm is None else (*norm, torch.empty_like(x))
+    arguments = (x, gains, eps, normed, y, add is not None, rows, copies, inputs, outputs)
+    _run("products", numbers.dtype, _threads(rows * outputs * inputs), numbers, scales, ids, count, *arguments)
     return y
+
+
+def experts(gate_up: Matrices, down: Matrices, x: Tensor, ids: Tensor, weights: Tensor, add: Tensor) -> Tensor:
+    """add[t] += the sum over s of weights[t, s] * down[e] @ swiglu(gate_up[e] @ x[t]), where e is ids[t, s].
+
+    Args:
+        gate_up, down: (E, 2I, D), gate first, and (E, D, I).
+        x: (T, D).
+        ids, weights: (T, k) int64 and float32.
+        add: (T, D) float32, changed in place.
+
+    Returns:
+        `add`.
+    """
+    count, inputs, width = down.numbers.shape
+    x, (tokens, slots) = x.float().contiguous(), ids.shape
+    assert all(tensor.is_contiguous() for tensor in (gate_up.numbers, down.numbers, ids, weights, add))
+    hidden, outputs = x.new_empty(tokens * slots, 2 * width), x.new_empty(tokens * slots, inputs)
+    arguments = (ids, weights, count, x, hidden, outputs, add, tokens, slots, inputs, width)
+    threads = _threads(tokens * slots * inputs * width)
+    _run("experts", down.numbers.dtype, threads, *gate_up, *down, *arguments)
+    return add
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query a head to all positions of a cache.
+
+    Args:
+        q: (B, K, G, d), the G heads of each key head, contiguous.
+        keys, values: (B, K, L, d), the first L positions of larger buffers.
+        bias: (B, L) float32, added to the scores, or None.
+
+    Returns:
+        (B, K, G, d).
+    """
+    batch, kv_heads, group, head_dim = q.shape
+    sequences, length, stride = batch * kv_heads, keys.shape[2], keys.stride(1)
+    assert keys.stride() == values.stride() == (kv_heads * stride, stride, head_dim, 1)
+    assert q.is_contiguous()
+    assert bias is None or bias.is_contiguous()
+    scores, out = q.new_empty(sequences, group, length, dtype=torch.float32), torch.empty_like(q)
+    arguments = (bias, scale, scores, out, sequences, kv_heads, group, length, stride, head_dim)
+    _run("attend", q.dtype, _threads(2 * sequences * group * length * head_dim), q, keys, values, *arguments)
+    return out
+
+
+# The next three have their other form here.
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:

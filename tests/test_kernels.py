@@ -89,9 +89,68 @@ def test_every_row_is_multiplied_with_its_matrix(dtype, shape, threads, monkeypa
     x = torch.randn(9, shape[1])
     full = matrices.double() * (1 if scales is None else scales.double().unsqueeze(-1))
     expected = torch.stack([full[i] @ x[n // 2].double() for n, i in enumerate(ids.tolist())])
-    result = kernels.products(matrices, scales, x, ids, copies=2)
+    result = kernels.products(kernels.Matrices(matrices, scales), x, ids, copies=2)
     assert result.dtype == torch.float32
     assert relative_error(result.double(), expected) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_are_of_the_norm_and_added_where_that_is_asked_for(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    x, gains, matrix, add = torch.randn(3, 83), torch.randn(83), torch.randn(1, 907, 83), torch.randn(3, 907)
+    expected = F.rms_norm(x.double(), gains.shape, gains.double(), eps=1e-3) @ matrix[0].double().t() + add.double()
+    ids = torch.zeros(3, dtype=torch.int64)
+    result = kernels.products(kernels.Matrices(matrix, None), x, ids, norm=(gains, 1e-3), add=add)
+    assert result is add
+    assert relative_error(result.double(), expected) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("tokens", "slots", "inputs", "width"), [(1, 2, 40, 7), (9, 2, 64, 83), (5, 1, 129, 32)])
+def test_experts_of_few_tokens_are_those_of_the_definition(tokens, slots, inputs, width, dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    numbers = [
+        (30 * torch.randn(4, *shape)).round().clamp(-127, 127) for shape in ((2 * width, inputs), (inputs, width))
+    ]
+    scales = [torch.rand(matrices.shape[:2]) / 100 for matrices in numbers]
+    exact = [n.double() * s.double().unsqueeze(-1) for n, s in zip(numbers, scales, strict=True)]
+    if dtype == torch.int8:
+        stored = [kernels.Matrices(n.to(dtype), s) for n, s in zip(numbers, scales, strict=True)]
+    else:
+        exact = [matrices.to(dtype).double() for matrices in exact]
+        stored = [kernels.Matrices(matrices.to(dtype), None) for matrices in exact]
+    x, weights, add = torch.randn(tokens, inputs), torch.rand(tokens, slots), torch.randn(tokens, inputs)
+    ids = torch.stack([torch.randperm(4)[:slots] for _ in range(tokens)])
+    gate, up = torch.einsum("tsoi,ti->tso", exact[0][ids], x.double()).chunk(2, dim=-1)
+    outputs = torch.einsum("tsoi,tsi->tso", exact[1][ids], F.silu(gate) * up)
+    expected = add.double() + (weights.double()[..., None] * outputs).sum(1)
+    result = kernels.experts(*stored, x, ids, weights, add)
+    assert result is add
+    assert relative_error(result.double(), expected) < 1e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "group", "length", "head_dim"), [(2, 3, 37, 32), (1, 1, 1, 6), (3, 4, 300, 40)])
+def test_attention_of_one_query_equals_torchs(kv_heads, group, length, head_dim, dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    q = (3 * torch.randn(2, kv_heads, group, head_dim)).to(dtype)
+    keys, values = (torch.randn(2, kv_heads, length + 5, head_dim).to(dtype)[:, :, :length] for _ in range(2))
+    bias = torch.zeros(2, length)
+    bias[1, : length // 2] = -torch.inf
+    for added in (None, bias):
+        mask = None if added is None else added.double()[:, None, None]
+        expected = F.scaled_dot_product_attention(q.double(), keys.double(), values.double(), mask, scale=0.3)
+        result = kernels.attend(q, keys, values, added, 0.3)
+        assert result.dtype == dtype
+        assert relative_error(result.double(), expected) < TOLERANCES[dtype]
 
 
 @needs_compiler

@@ -117,7 +117,7 @@ class PackedModel:
             mask: (B, L + n), nonzero for what is not padding; None where nothing is.
         """
         x = self._hidden(input_ids, position_ids, cache, mask)
-        return self._head(self._norm(x[:, -1]))
+        return self._head(x[:, -1], norm=self._norm)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -125,7 +125,7 @@ class PackedModel:
         ids = torch.tensor([token_ids])
         cache = PreallocatedCache(self._model.config, len(token_ids))
         x = self._hidden(ids, torch.arange(len(token_ids))[None], cache, None)
-        return self._head(self._norm(x[0]))
+        return self._head(x[0], norm=self._norm)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cache: PreallocatedCache, mask: Tensor | None) -> Tensor:
         """As `__call__`, -> (B, n, D) before the last norm."""
@@ -167,56 +167,48 @@ class PackedLayer:
     ) -> Tensor:
         """x (T, D) -> (T, D); cos, sin (T, d)."""
         batch, num_tokens = shape
-        qkv = self._qkv(self._input_norm(x))
+        qkv = self._qkv(x, norm=self._input_norm)
         heads = prepare_heads(qkv, self._gains, self._kv_heads, self._eps, cos, sin, num_tokens)
         k, v = (y.view(batch, self._kv_heads, num_tokens, -1) for y in (heads.k, heads.v))
         keys, values = cache.update(k, v)  # (B, K, L + n, d)
         q = heads.q.view(batch, self._kv_heads, num_tokens, -1, self._head_dim)
-        if num_tokens == 1:
-            # The G heads that share a key head are attended like G positions of one head.
-            out = F.scaled_dot_product_attention(q[:, :, 0], keys, values, attn_mask=bias, scale=self._scaling)
+        if num_tokens == 1 and kernels.made_for(heads.q):
+            row_bias = None if bias is None else bias.view(batch, -1).float()
+            out = kernels.attend(q[:, :, 0], keys, values, row_bias, self._scaling)
         else:
             out = F.scaled_dot_product_attention(
                 q.transpose(2, 3).flatten(1, 2),  # (B, H, n, d)
                 keys,
                 values,
                 attn_mask=bias,
-                is_causal=bias is None,
+                is_causal=bias is None and num_tokens > 1,
                 scale=self._scaling,
                 enable_gqa=True,
             ).transpose(1, 2)  # (B, n, H, d)
-        x = self._output(out.reshape(x.shape[0], -1)).add_(x)
-        return self._mlp(self._post_norm(x)).add_(x)
+        x = self._output(out.reshape(x.shape[0], -1), add=x)
+        return self._mlp(self._post_norm(x), add=x)
 
 
 class PackedMatrices:
-    """Products of matrices (E, out, in) with rows: for few rows by our kernel, for many by oneDNN."""
+    """Matrices (E, out, in): as our kernels read them, for few rows, and as oneDNN does, for many."""
 
     def __init__(self, matrices: Tensor, weights: WeightsName) -> None:
         matrices = matrices.detach().contiguous()
-        self._matrices, self._scales, self._dtype = matrices, None, matrices.dtype
-        if weights == "int8":
-            self._matrices, self._scales = rounded(matrices)
-        self._only = torch.zeros(FEW_ROWS, dtype=torch.int64)  # ids where there is one matrix
+        self.dtype = matrices.dtype
+        self.plain = kernels.Matrices(*rounded(matrices) if weights == "int8" else (matrices, None))
 
     def few(self, num_rows: int) -> bool:
         """Whether so many rows, spread over the matrices, are few."""
-        return num_rows <= FEW_ROWS * len(self._matrices) and kernels.why_not() is None
-
-    def products(self, x: Tensor, ids: Tensor | None = None, copies: int = 1) -> Tensor:
-        """Few rows: x (N / copies, in) and which matrix is for each copy, ids (N,), None for the only -> (N, out)."""
-        ids = self._only[: len(x)] if ids is None else ids
-        return kernels.products(self._matrices, self._scales, x, ids, copies).to(self._dtype)
+        return num_rows <= FEW_ROWS * len(self.plain.numbers) and kernels.why_not() is None
 
     def product(self, rows: Tensor, index: int = 0) -> Tensor:
-        """Rows (n, in), all for one matrix -> (n, out)."""
+        """Many rows (n, in), all for one matrix -> (n, out)."""
         return torch.ops.mkldnn._linear_pointwise(rows, self._packed[index], None, "none", [], "")
 
     @cached_property
     def _packed(self) -> list[Tensor]:
-        matrices = self._matrices
-        if self._scales is not None:
-            matrices = (matrices * self._scales.unsqueeze(-1)).to(self._dtype)
+        numbers, scales = self.plain
+        matrices = numbers if scales is None else (numbers * scales.unsqueeze(-1)).to(self.dtype)
         return [torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT) for matrix in matrices]
 
 
@@ -227,36 +219,33 @@ def rounded(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return (matrices / scales.unsqueeze(-1)).round().to(torch.int8), scales
 
 
+class PackedNorm:
+    """RMS norm, with its weight in float32."""
+
+    def __init__(self, norm: MiniMoeRMSNorm) -> None:
+        self.weight, self.eps = norm.weight.detach().float(), norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if kernels.made_for(x):
+            return kernels.rms_norm(x.float(), self.weight, self.eps, torch.empty_like(x))
+        return (unit_rms(x.float(), self.eps)[0] * self.weight).to(x.dtype)
+
+
 class PackedLinear:
     """x -> x W^T on weights (out, in) that are stacked."""
 
     def __init__(self, weights: WeightsName, *parts: Tensor) -> None:
         self._matrix = PackedMatrices((torch.cat(parts) if len(parts) > 1 else parts[0])[None], weights)
+        self._ids = torch.zeros(FEW_ROWS, dtype=torch.int64)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self._matrix.products(rows) if self._matrix.few(len(rows)) else self._matrix.product(rows)
-
-
-class PackedNorm:
-    """RMS norm, with its weight in float32."""
-
-    def __init__(self, norm: MiniMoeRMSNorm) -> None:
-        self._weight, self._eps = norm.weight.detach().float(), norm.eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if kernels.made_for(x):
-            return kernels.rms_norm(x.float(), self._weight, self._eps, torch.empty_like(x))
-        return (unit_rms(x.float(), self._eps)[0] * self._weight).to(x.dtype)
-
-
-class PackedSwiGLU:
-    """down(silu(gate(x)) * up(x)) with gate and up in one product."""
-
-    def __init__(self, weights: WeightsName, gate_up: Tensor, down: Tensor) -> None:
-        self.gate_up, self.down = PackedLinear(weights, gate_up), PackedLinear(weights, down)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self.down(kernels.swiglu(self.gate_up(rows)))
+    def __call__(self, x: Tensor, norm: PackedNorm | None = None, add: Tensor | None = None) -> Tensor:
+        """x (T, in), its norm before, if any -> (T, out), added to `add` in place, if any."""
+        if self._matrix.few(len(x)):
+            scaling = None if norm is None else (norm.weight, norm.eps)
+            total = None if add is None else add.float()
+            return kernels.products(self._matrix.plain, x, self._ids[: len(x)], 1, scaling, total).to(x.dtype)
+        y = self._matrix.product(x if norm is None else norm(x))
+        return y if add is None else add.add_(y)
 
 
 class PackedRouter:
@@ -283,37 +272,48 @@ class PackedMoE:
 
     def __init__(self, block: MoEFeedForward, weights: WeightsName) -> None:
         self._router = PackedRouter(block.gate)
-        self._experts = PackedExperts(block.experts, weights)
+        self._experts = PackedExperts(block.experts.gate_up_proj, block.experts.down_proj, weights)
         self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts, weights)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        y = self._experts(tokens, *self._router(tokens))
-        return y if self._shared is None else y + self._shared(tokens)
+    def __call__(self, tokens: Tensor, add: Tensor) -> Tensor:
+        """tokens (T, D) -> `add` (T, D), changed in place."""
+        add = self._experts(tokens, *self._router(tokens), add)
+        return add if self._shared is None else self._shared(tokens, add)
+
+
+class PackedSwiGLU:
+    """The dense block: an expert that every token uses."""
+
+    def __init__(self, block: SwiGLU, weights: WeightsName) -> None:
+        gate_up = torch.cat((block.gate_proj.weight, block.up_proj.weight))
+        self._expert = PackedExperts(gate_up[None], block.down_proj.weight[None], weights)
+
+    def __call__(self, tokens: Tensor, add: Tensor) -> Tensor:
+        """As `PackedMoE`."""
+        ids = torch.zeros(len(tokens), 1, dtype=torch.int64)
+        return self._expert(tokens, ids, torch.ones(len(tokens), 1), add)
 
 
 class PackedExperts:
     """All experts of a layer."""
 
-    def __init__(self, experts: Experts, weights: WeightsName) -> None:
-        self._gate_up = PackedMatrices(experts.gate_up_proj, weights)
-        self._down = PackedMatrices(experts.down_proj, weights)
-        self._num_experts = experts.down_proj.shape[0]
+    def __init__(self, gate_up: Tensor, down: Tensor, weights: WeightsName) -> None:
+        self._gate_up, self._down = PackedMatrices(gate_up, weights), PackedMatrices(down, weights)
+        self._num_experts = len(down)
 
-    def __call__(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """tokens (T, D), expert_ids (T, k), weights (T, k) float32 -> (T, D)."""
+    def __call__(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor, add: Tensor) -> Tensor:
+        """tokens (T, D), expert_ids (T, k), weights (T, k) float32 -> `add` (T, D), changed in place."""
         num_tokens, k = expert_ids.shape
-        slots = expert_ids.flatten()
-        if self._down.few(len(slots)):
-            outputs = self._down.products(kernels.swiglu(self._gate_up.products(tokens, slots, k)), slots)
-        else:
-            ids, order = slots.sort(stable=True)
-            counts = torch.bincount(ids, minlength=self._num_experts).tolist()
-            parts = enumerate(tokens.index_select(0, order // k).split(counts))
-            rows = torch.cat([self._expert(expert, part) for expert, part in parts if len(part)])
-            outputs = torch.empty_like(rows).index_copy_(0, order, rows)
+        if self._down.few(num_tokens * k):
+            matrices = (self._gate_up.plain, self._down.plain)
+            return kernels.experts(*matrices, tokens, expert_ids, weights, add.float()).to(add.dtype)
+        ids, order = expert_ids.flatten().sort(stable=True)
+        counts = torch.bincount(ids, minlength=self._num_experts).tolist()
+        parts = enumerate(tokens.index_select(0, order // k).split(counts))
+        rows = torch.cat([self._expert(expert, part) for expert, part in parts if len(part)])
+        outputs = torch.empty_like(rows).index_copy_(0, order, rows).view(num_tokens, k, -1).float()
         # (T, 1, k) @ (T, k, D), summed in float32 as the dispatch paths do
-        outputs = outputs.view(num_tokens, k, -1).float()
-        return torch.bmm(weights.unsqueeze(1), outputs).squeeze(1).to(tokens.dtype)
+        return add.add_(torch.bmm(weights.unsqueeze(1), outputs).squeeze(1))
 
     def _expert(self, expert: int, rows: Tensor) -> Tensor:
         return self._down.product(kernels.swiglu(self._gate_up.product(rows, expert)), expert)
@@ -323,8 +323,7 @@ def _packed_feed_forward(module: nn.Module, weights: WeightsName) -> PackedMoE |
     if isinstance(module, MoEFeedForward):
         return PackedMoE(module, weights)
     assert isinstance(module, SwiGLU)
-    gate_up = torch.cat((module.gate_proj.weight, module.up_proj.weight))
-    return PackedSwiGLU(weights, gate_up, module.down_proj.weight)
+    return PackedSwiGLU(module, weights)
 
 
 def _attention_bias(mask: Tensor | None, num_tokens: int, past: int, dtype: torch.dtype) -> Tensor | None:
