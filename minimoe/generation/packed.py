@@ -42,7 +42,7 @@ from minimoe.model.router import TopKRouter
 
 MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes as much again
 ROWS_HINT = 8  # rows that oneDNN picks its blocks for; measured as good from 1 to 128 rows
-FEW_ROWS = 4  # a matrix, on average; oneDNN is faster from 8 on
+FEW_ROWS = 6  # a matrix, on average; oneDNN is faster from 8 on
 
 
 # A model made of anything else (adapters, quantised layers) is left alone.
