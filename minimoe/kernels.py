@@ -1,8 +1,8 @@
 """Kernels in C (`kernels.c`) for what a CPU does much faster in one pass than in several of torch's calls.
 
 They are compiled when one is first needed, by the machine's C compiler (`CC`, else `cc`) and for exactly this CPU, and
-kept in the user's cache folder; that takes two seconds. They share torch's threads. Without a compiler, and for what they
-are not made for (other devices and number formats, a model under `torch.compile`), torch computes the same functions.
+kept in the user's cache folder; that takes two seconds. They share torch's threads. Without a compiler, and for what
+they are not made for (other devices and number formats, a model under `torch.compile`), torch computes the same.
 """
 
 from __future__ import annotations
