@@ -124,6 +124,118 @@ INLINE vec exponential(vec x) {
 
 INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 
+/* ---- Newton-Schulz, see newton_schulz() in train/optim.py ----
+
+   Matrices of bf16 whose rows and columns are multiples of 4 and LANES. Their numbers are multiplied two at a time: a
+   `packed` matrix has its rows 2k and 2k + 1 side by side, as a row k of pairs. Of symmetric matrices only the lower
+   triangle is made, in squares of SQUARE. */
+
+#define SQUARE (2 * LANES)
+
+typedef uint32_t pair __attribute__((may_alias)); /* the lower half is the first one */
+
+/* c + a . b of each pair */
+INLINE vec add_products(vec c, words a, words b) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    return c + (vec)(a << 16) * (vec)(b << 16) + (vec)(a & 0xffff0000) * (vec)(b & 0xffff0000);
+#endif
+}
+
+/* x (rows, n) packed; `lower` means that it is symmetric and only its lower triangle there. */
+ONCE void pack(const bf16 *x, pair *packed, long rows, long n, int lower) {
+    for (long row = 0; row < rows; row += 2) {
+        pair *to = packed + row / 2 * n;
+        const long square_end = (row / SQUARE + 1) * SQUARE, known = lower && square_end < n ? square_end : n;
+        for (long j = 0; j < known; j += LANES) {
+            halves a, b;
+            memcpy(&a, x + row * n + j, sizeof a);
+            memcpy(&b, x + (row + 1) * n + j, sizeof b);
+            const words pairs = __builtin_convertvector(a, words) | __builtin_convertvector(b, words) << 16;
+            memcpy(to + j, &pairs, sizeof pairs);
+        }
+        for (long j = known; j < n; j++) memcpy(to + j, x + j * n + row, sizeof *to); /* its mirror image */
+    }
+}
+
+/* out[i][j] = alpha * sum over pairs k of a(i, k) . b[k][j] + beta * added[i][j], if there is any, for `height` rows
+   from i and `width` vectors from j, whose sums stay in registers. a(i, k) is i steps and k strides from a. */
+INLINE void tile(const pair *a, long step, long stride, const pair *b, long pairs, f32 alpha, f32 beta,
+                 const bf16 *added, bf16 *out, long n, long i, long j, const int height, const int width) {
+    vec sums[12][2] = {0};
+    for (long k = 0; k < pairs; k++) {
+        words right[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < width; v++) memcpy(&right[v], b + k * n + j + v * LANES, sizeof right[v]);
+#pragma GCC unroll 12
+        for (int r = 0; r < height; r++) {
+            const words left = (words){0} + a[(i + r) * step + k * stride];
+#pragma GCC unroll 2
+            for (int v = 0; v < width; v++) sums[r][v] = add_products(sums[r][v], left, right[v]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < height; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < width; v++) {
+            const long at = (i + r) * n + j + v * LANES;
+            const vec more = added ? beta * load_bf16(added + at, LANES) : zero;
+            store_bf16(out + at, alpha * sums[r][v] + more, LANES);
+        }
+}
+
+/* out (rows, n) = alpha * a b + beta * added, as `tile`; of a symmetric one the lower triangle. */
+ONCE void multiply_pairs(const pair *a, long step, long stride, const pair *b, long pairs, f32 alpha, f32 beta,
+                         const bf16 *added, bf16 *out, long rows, long n, int lower) {
+    for (long j = 0; j < n; j += SQUARE) {
+        long i = lower ? j : 0;
+        if (j + SQUARE <= n) {
+            for (; i + 12 <= rows; i += 12) tile(a, step, stride, b, pairs, alpha, beta, added, out, n, i, j, 12, 2);
+            for (; i < rows; i += 4) tile(a, step, stride, b, pairs, alpha, beta, added, out, n, i, j, 4, 2);
+        } else
+            for (; i < rows; i += 4) tile(a, step, stride, b, pairs, alpha, beta, added, out, n, i, j, 4, 1);
+    }
+}
+
+/* Of each x (height, width), width <= height: x / |x|, and `steps` times x (a + b x^T x + c (x^T x)^2). */
+void newton_schulz_bf16(const bf16 *matrices, bf16 *out, bf16 *scratch, long scratch_size, f32 a, f32 b, f32 c,
+                        long steps, long count, long height, long width, int threads) {
+    const long rows = (height + 3) / 4 * 4, columns = (width + LANES - 1) / LANES * LANES; /* the rest is zeros */
+#pragma omp parallel for num_threads(threads)
+    for (long matrix = 0; matrix < count; matrix++) {
+        const bf16 *given = matrices + matrix * height * width;
+        bf16 *result = out + matrix * height * width;
+        bf16 *x = scratch + omp_get_thread_num() * scratch_size, *next = x + rows * columns;
+        bf16 *gram = next + rows * columns, *poly = gram + columns * columns;
+        pair *packed = (pair *)(poly + columns * columns);
+        vec squares = zero;
+        FOR_EACH_VECTOR(height * width, {
+            const vec y = load_bf16(given + i, n);
+            squares += y * y;
+        });
+        const f32 inverse = 1 / (sqrtf(sum(squares)) + 1e-7f);
+        memset(x, 0, rows * columns * sizeof *x);
+        for (long row = 0; row < height; row++)
+            FOR_EACH_VECTOR(width, {
+                const vec y = load_bf16(given + row * width + i, n);
+                store_bf16(x + row * columns + i, inverse * y, n);
+            });
+        for (long step = 0; step < steps; step++) {
+            pack(x, packed, rows, columns, 0);
+            multiply_pairs(packed, 1, columns, packed, rows / 2, 1, 0, NULL, gram, columns, columns, 1);
+            pack(gram, packed, columns, columns, 1);
+            multiply_pairs(packed, 1, columns, packed, columns / 2, c, b, gram, poly, columns, columns, 1);
+            pack(poly, packed, columns, columns, 1);
+            multiply_pairs((pair *)x, columns / 2, 1, packed, columns / 2, 1, a, x, next, rows, columns, 0);
+            bf16 *swap = x;
+            x = next;
+            next = swap;
+        }
+        for (long row = 0; row < height; row++) memcpy(result + row * width, x + row * columns, width * sizeof *x);
+    }
+}
+
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(function) PASTE(function, T)

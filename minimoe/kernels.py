@@ -87,6 +87,7 @@ _SIGNATURES = {
     "rms_norm_backward": "pppppfnn",
     "heads": "pppppppfnnnnn",
     "heads_backward": "pppppppppfnnnnn",
+    "newton_schulz": "pppnfffnnnn",
 }
 _KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 
@@ -322,3 +323,19 @@ def heads_backward(
     shape = (qkv.shape[0], length, kv_heads, normed // kv_heads - 1, head_dim)
     _run("heads_backward", qkv.dtype, threads, qkv, gains, cos, sin, *grads, out, parts, eps, *shape)
     return parts.sum(0)
+
+
+def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Each matrix over its norm, then `steps` times x <- x (a + b x^T x + c (x^T x)^2).
+
+    Args:
+        matrices: (N, rows, columns) bfloat16, no more columns than rows. A thread computes one of them at a time.
+        coefficients: a, b, c.
+    """
+    count, rows, columns = matrices.shape
+    threads, out = min(torch.get_num_threads(), count), torch.empty_like(matrices)
+    padded_rows, padded_columns = -(-rows // 4) * 4, -(-columns // 16) * 16
+    scratch = matrices.new_empty(threads, 3 * padded_columns * (padded_rows + padded_columns))
+    arguments = (matrices, out, scratch, scratch.shape[1], *coefficients, steps, count, rows, columns)
+    _run("newton_schulz", matrices.dtype, threads, *arguments)
+    return out

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from minimoe import kernels
 from minimoe.config import OptimizerConfig, ScheduleConfig
 from minimoe.model.precision import has_bf16
 
@@ -136,6 +137,9 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     a, b, c = _NS_COEFFICIENTS
     x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
     tall = x.shape[1] > x.shape[2]
+    if _kernel_is_faster(x):
+        directions = kernels.newton_schulz((x if tall else x.mT).contiguous(), _NS_COEFFICIENTS, _NS_STEPS)
+        return directions if tall else directions.mT
     x = x.mT if tall else x  # the products below are over the smaller side
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-7).to(x.dtype)
     for _ in range(_NS_STEPS):
@@ -143,6 +147,12 @@ def newton_schulz(matrices: Tensor) -> Tensor:
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, poly, x, beta=a)
     return x.mT if tall else x
+
+
+def _kernel_is_faster(x: Tensor) -> bool:
+    """Ours makes half of a symmetric product, but a thread a matrix, and has no AMX; larger ones leave its cache."""
+    fitting = len(x) >= torch.get_num_threads() and x[0].numel() <= 2**21
+    return x.dtype == torch.bfloat16 and fitting and kernels.made_for(x) and not torch.cpu._is_amx_tile_supported()
 
 
 def _matrices(stack: Tensor, halves: int) -> list[Tensor]:
