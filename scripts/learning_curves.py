@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +35,63 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="times each setting's speed is measured")
     parser.add_argument("--points", type=int, default=8, help="validations in each run")
     parser.add_argument("--out", type=Path, default=Path("runs/curves"), help="folder of runs and results")
+    parser.add_argument("--together", action="store_true", help="all at once, each on its share of the cores")
     arguments = parser.parse_args()
+    config, out = arguments.config, arguments.out
     runs = {name: [*arguments.overrides, *own] for name, *own in arguments.run or [["default"]]}
+    cores, at_once = os.cpu_count() or 1, len(runs) if arguments.together else 1
+    if at_once > cores:
+        sys.exit(f"--together: {at_once} runs need a core each, and this machine has {cores}; leave the option out")
+    threads = cores // at_once if arguments.together else None
 
-    steps: dict[str, int] = {}
-    if arguments.seconds:
-        speeds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(arguments.turns):
-            for name, overrides in runs.items():
-                speeds[name].append(measure_speed(arguments.config, overrides, arguments.out / "probe"))
-        steps = {name: max(int(arguments.seconds * max(speed)), _PROBE_STEPS) for name, speed in speeds.items()}
+    def each(job: Callable[[str, list[str]], Any]) -> list[Any]:
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(job, runs, runs.values()))
 
-    curves = []
-    for name, overrides in runs.items():
-        length = steps.get(name) or max_steps(arguments.config, overrides)
-        rows = train(arguments.config, overrides, arguments.out / name, length, -(-length // arguments.points))
-        curves.append({"name": name, "overrides": overrides} | curve(rows))
-    write(curves, arguments.out)
+    def speed(name: str, overrides: list[str]) -> float:
+        return measure_speed(config, overrides, out / f"probe-{name}", threads)
+
+    def run(name: str, overrides: list[str]) -> dict[str, Any]:
+        length = steps.get(name) or max_steps(config, overrides)
+        rows = train(config, overrides, out / name, length, -(-length // arguments.points), threads)
+        return {"name": name, "overrides": overrides} | curve(rows)
+
+    turns = [each(speed) for _ in range(arguments.turns if arguments.seconds else 0)]
+    fastest = map(max, zip(*turns, strict=True))
+    steps = {name: max(int(arguments.seconds * best), _PROBE_STEPS) for name, best in zip(runs, fastest, strict=False)}
+    write(each(run), out)
 
 
-def train(config: Path, overrides: list[str], folder: Path, steps: int, eval_every: int) -> list[dict[str, Any]]:
-    """Run `minimoe pretrain` in a process of its own; the rows of its metrics.jsonl."""
+def train(
+    config: Path, overrides: list[str], folder: Path, steps: int, eval_every: int, threads: int | None
+) -> list[dict[str, Any]]:
+    """Run `minimoe pretrain` in a process of its own; the rows of its metrics.jsonl.
+
+    With so many threads what it prints goes to a file, else it has all cores and the terminal.
+    """
     settings = {"output_dir": folder, "train.max_steps": steps, "train.eval_every": eval_every}
     settings |= {"train.log_every": 10, "train.save_every": steps, "train.sample_every": "null"}
     words = [word for word in overrides if word.partition("=")[0] not in settings]
     words += [f"{key}={value}" for key, value in settings.items()]
-    command = Path(sys.executable).with_name("minimoe")  # not `python -m`, which loads torch before the settings for it
-    subprocess.run([str(command), "pretrain", str(config), *words, "--overwrite"], check=True)
+    minimoe = Path(sys.executable).with_name("minimoe")  # not `python -m`, which loads torch before the settings for it
+    command = [str(minimoe), "pretrain", str(config), *words, "--overwrite"]
+    if threads is None:
+        subprocess.run(command, check=True)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{folder.name}: {steps} steps, its output goes to {folder}.log", flush=True)
+        with open(f"{folder}.log", "w", encoding="utf-8") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def measure_speed(config: Path, overrides: list[str], folder: Path) -> float:
+def measure_speed(config: Path, overrides: list[str], folder: Path, threads: int | None) -> float:
     """Optimizer steps a second, from a short run after its first steps."""
     short = [*overrides, "schedule.warmup_steps=0", "data.max_validation_documents=1"]
     latest = {word.partition("=")[0]: word for word in short}  # a key may be given once
-    rows = [row for row in train(config, list(latest.values()), folder, _PROBE_STEPS, _PROBE_STEPS) if "lr" in row]
+    rows = train(config, list(latest.values()), folder, _PROBE_STEPS, _PROBE_STEPS, threads)
+    rows = [row for row in rows if "lr" in row]
     return (rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["seconds"] - rows[0]["seconds"])
 
 
