@@ -379,14 +379,20 @@ void NAME(experts)(const T *gate_up, const f32 *gate_up_scales, const T *down, c
 
 #ifndef ONLY_MATRICES
 
-/* ---- SwiGLU: gate and up side by side in a row (n, 2I), their product (n, I), which may have a weight a row ---- */
+/* ---- SwiGLU: gate and up side by side in a row (n, 2I), their product (n, I) ----
 
-void NAME(swiglu)(const T *gate_up, const f32 *weights, T *out, long rows, long width, int threads) {
+   Where rows have weights, the first `weighted` do; the others' output and gradients are zeros. */
+
+void NAME(swiglu)(const T *gate_up, const f32 *weights, T *out, long rows, long weighted, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width;
-        const f32 weight = weights ? weights[row] : 1;
         T *to = out + row * width;
+        if (row >= weighted) {
+            memset(to, 0, width * sizeof *to);
+            continue;
+        }
+        const f32 weight = weights ? weights[row] : 1;
         FOR_EACH_VECTOR(width, {
             const vec g = LOAD(gate + i, n);
             STORE(to + i, weight * g * sigmoid(g) * LOAD(up + i, n), n);
@@ -396,11 +402,16 @@ void NAME(swiglu)(const T *gate_up, const f32 *weights, T *out, long rows, long 
 
 /* `grad` (n, I) is read and overwritten with the output, which backward needs too. */
 void NAME(swiglu_backward)(const T *gate_up, const f32 *weights, T *grad, T *grad_gate_up, f32 *grad_weights, long rows,
-                           long width, int threads) {
+                           long weighted, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width;
         T *out = grad + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
+        if (row >= weighted) {
+            memset(out, 0, width * sizeof *out);
+            memset(grad_gate, 0, 2 * width * sizeof *grad_gate);
+            continue;
+        }
         const f32 weight = weights[row];
         vec total = zero;
         FOR_EACH_VECTOR(width, {

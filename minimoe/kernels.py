@@ -79,8 +79,8 @@ _SIGNATURES = {
     "products": "pppnppfppnnnnn",
     "experts": "ppppppnppppnnnn",
     "attend": "ppppfppnnnnnn",
-    "swiglu": "pppnn",
-    "swiglu_backward": "pppppnn",
+    "swiglu": "pppnnn",
+    "swiglu_backward": "pppppnnn",
     "gather_rows": "pppnn",
     "sum_slots": "pppnnn",
     "rms_norm": "pppfnn",
@@ -116,14 +116,16 @@ def made_for(*numbers: Tensor, float32: Sequence[Tensor] = ()) -> bool:
 
     All must be contiguous, on the CPU, and not being compiled.
     """
-    return (
-        all(x.dtype == numbers[0].dtype for x in numbers)
-        and numbers[0].dtype in (torch.float32, torch.bfloat16)
-        and all(x.dtype == torch.float32 for x in float32)
-        and all(x.device.type == "cpu" and x.is_contiguous() for x in (*numbers, *float32))
-        and not torch.compiler.is_compiling()
-        and why_not() is None
-    )
+    dtype = numbers[0].dtype  # loops, as this is asked hundreds of times a step
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    for x in numbers:
+        if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
+            return False
+    for x in float32:
+        if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return False
+    return not torch.compiler.is_compiling() and why_not() is None
 
 
 class Matrices(NamedTuple):
@@ -214,34 +216,48 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: 
 
 
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, each row times its weight: gate_up (n, 2I), gate first, weights (n,) or None -> (n, I)."""
+    """silu(gate) * up, each row times its weight, zeros for rows without one.
+
+    Args:
+        gate_up: (n, 2I), gate first.
+        weights: (m,), m <= n, of the first rows; None for 1 each.
+
+    Returns:
+        (n, I).
+    """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    weighted = rows if weights is None else weights.shape[0]
     if not made_for(gate_up, float32=() if weights is None else (weights,)):
         gate, up = gate_up.chunk(2, dim=-1)
         out = F.silu(gate).mul_(up)
-        return out if weights is None else out.mul_(weights[:, None])
+        if weights is not None:
+            out[:weighted].mul_(weights[:, None])
+            out[weighted:] = 0
+        return out
     out = gate_up.new_empty(rows, width)
-    _run("swiglu", gate_up.dtype, _threads(gate_up.numel()), gate_up, weights, out, rows, width)
+    _run("swiglu", gate_up.dtype, _threads(gate_up.numel()), gate_up, weights, out, rows, weighted, width)
     return out
 
 
 def swiglu_backward(gate_up: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The output again, and the gradients of gate_up (n, 2I) and of the weights (n,), from the output's.
+    """The output again, and the gradients of gate_up (n, 2I) and of the weights (m,), from the output's.
 
     `grad` (n, I) is overwritten.
     """
-    rows, width = grad.shape
+    (rows, width), weighted = grad.shape, weights.shape[0]
     grad_gate_up, grad_weights = torch.empty_like(gate_up), torch.empty_like(weights)
     if not made_for(gate_up, grad, float32=(weights,)):
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate_up[:weighted].chunk(2, dim=-1)
+        grad_out, out = grad[:weighted], torch.zeros_like(grad)
         silu = F.silu(gate)
-        out = silu * up
-        grad_weights.copy_((grad * out).sum(1, dtype=torch.promote_types(grad.dtype, weights.dtype)))
-        out.mul_(weights[:, None])
-        torch.mul(grad.mul_(weights[:, None]), silu, out=grad_gate_up[:, width:])
-        torch.ops.aten.silu_backward(grad.mul_(up), gate, grad_input=grad_gate_up[:, :width])
+        activated = torch.mul(silu, up, out=out[:weighted])
+        grad_weights.copy_((grad_out * activated).sum(1, dtype=torch.promote_types(grad.dtype, weights.dtype)))
+        activated.mul_(weights[:, None])
+        grad_gate_up[weighted:] = 0
+        torch.mul(grad_out.mul_(weights[:, None]), silu, out=grad_gate_up[:weighted, width:])
+        torch.ops.aten.silu_backward(grad_out.mul_(up), gate, grad_input=grad_gate_up[:weighted, :width])
         return out, grad_gate_up, grad_weights
-    arguments = (gate_up, weights, grad, grad_gate_up, grad_weights, rows, width)
+    arguments = (gate_up, weights, grad, grad_gate_up, grad_weights, rows, weighted, width)
     _run("swiglu_backward", gate_up.dtype, _threads(gate_up.numel()), *arguments)
     return grad, grad_gate_up, grad_weights
 
@@ -250,8 +266,8 @@ def gather_rows(rows: Tensor, ids: Tensor) -> Tensor:
     """rows[ids]: (T, D), (N,) -> (N, D)."""
     if not made_for(rows):
         return rows.index_select(0, ids)
-    out = rows.new_empty(len(ids), rows.shape[1])
-    _run("gather_rows", rows.dtype, _threads(out.numel()), rows, ids, out, len(ids), rows.shape[1])
+    out = rows.new_empty(ids.shape[0], rows.shape[1])
+    _run("gather_rows", rows.dtype, _threads(out.numel()), rows, ids, out, *out.shape)
     return out
 
 

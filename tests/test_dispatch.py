@@ -169,7 +169,12 @@ def test_bf16_computes_few_different_numbers_of_rows_and_float32_its_own():
     assert len(set(rounded)) == 7 + 7 * 8 + 16 + 2 * 32 + 1
     assert few_sizes(0, cpu, torch.bfloat16) == 0
     assert few_sizes(1001, cpu, torch.float32) == few_sizes(1001, torch.device("meta"), torch.bfloat16) == 1001
-    assert groups_of_rows([6, 6, 20], cpu, torch.float32) == ([(0, slice(0, 6), 6), (2, slice(6, 20), 14)], 20)
+    groups = [(0, slice(0, 6), slice(0, 6)), (2, slice(6, 20), slice(6, 20))]
+    assert groups_of_rows([6, 6, 20], cpu, torch.float32) == (groups, 20)
+    assert groups_of_rows([17, 20], cpu, torch.bfloat16)[0] == [
+        (0, slice(0, 18), slice(0, 17)),
+        (1, slice(17, 20), slice(17, 20)),
+    ]
     assert groups_of_rows([1000, 1003], cpu, torch.bfloat16)[1] == 1024  # the first slice ends last
 
 

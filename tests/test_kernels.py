@@ -61,6 +61,21 @@ def test_swiglu_and_its_gradients_are_those_of_the_definition(rows, width, dtype
     assert torch.equal(plain, kernels.swiglu(gate_up, torch.ones(rows)))
 
 
+@pytest.mark.parametrize("in_c", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_a_weight_give_zeros_whatever_is_in_them(dtype, in_c, without_kernels):
+    def results(gate_up, weights, grad):
+        return kernels.swiglu(gate_up, weights), *kernels.swiglu_backward(gate_up, weights, grad.clone())
+
+    gate_up, grad, weights = torch.randn(7, 10).to(dtype), torch.randn(7, 5).to(dtype), torch.rand(4)
+    gate_up[4], gate_up[5], grad[6] = float("nan"), float("inf"), float("inf")
+    call = (lambda function, *args: function(*args)) if in_c else without_kernels
+    alone = call(results, gate_up[:4].clone(), weights, grad[:4])
+    for result, expected in zip(call(results, gate_up, weights, grad), alone, strict=True):
+        assert torch.equal(result[:4], expected)
+        assert not result[4:].any()
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swiglu_of_extreme_numbers_is_torchs(dtype, without_kernels):

@@ -68,11 +68,10 @@ def grouped(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Expert
     # Summed in float32 (weights are float32), as `replicated` does; half precision would round k times.
     combined = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, weights.dtype), device=tokens.device)
     unstacked = experts.unstacked()
-    for expert, rows, size in groups:
+    for expert, rows, own in groups:
         # experts: one contiguous group
-        output = swiglu(tokens[token_ids[rows]], *unstacked[expert])[:size]
+        output = swiglu(tokens[token_ids[rows]], *unstacked[expert])[: own.stop - own.start]
         # combine: accumulate into the tokens' rows
-        own = slice(rows.start, rows.start + size)
         combined.index_add_(0, token_ids[own], output * slot_weights[own])
     return combined.to(tokens.dtype)
 

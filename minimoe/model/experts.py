@@ -95,15 +95,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
         ctx.grad_dtype = tokens.dtype
         groups, length = groups_of_rows(ends, tokens.device, dtype)
         tokens = tokens.to(dtype)
-        missing = length - len(order)
-        token_ids = F.pad(order // weights.shape[1], (0, missing))
-        row_weights = F.pad(weights.flatten()[order], (0, missing))
+        token_ids = F.pad(order // weights.shape[1], (0, length - len(order)))
+        row_weights = weights.flatten()[order]
         hidden = tokens.new_empty(length, 2 * width)
         out = tokens.new_empty(length, tokens.shape[1])
-        for expert, group, _ in groups:
+        for expert, group, own in groups:
             rows = kernels.gather_rows(tokens, token_ids[group])
             torch.mm(rows, gate_up[expert].to(dtype).t(), out=hidden[group])
-            activated = kernels.swiglu(hidden[group], row_weights[group])
+            activated = kernels.swiglu(hidden[group], row_weights[own])
             torch.mm(activated, down[expert].to(dtype).t(), out=out[group])
         ctx.save_for_backward(tokens, token_ids, order, row_weights, gate_up, down, hidden)
         ctx.groups = groups
@@ -117,13 +116,13 @@ class _GroupedSwiGLU(torch.autograd.Function):
         grad_rows = tokens.new_empty(hidden.shape[0], tokens.shape[1])
         grad_row_weights = torch.empty_like(row_weights)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        for expert, group, size in ctx.groups:
+        for expert, group, own in ctx.groups:
             grad_group = _take(grad_out, group)
             grad_activated = grad_group @ down[expert].to(tokens.dtype)
-            activated, grad_hidden, grad_row_weights[group] = kernels.swiglu_backward(
-                hidden[group], row_weights[group], grad_activated
+            # Zeros for rows of other experts, which add nothing to this one's weights.
+            activated, grad_hidden, grad_row_weights[own] = kernels.swiglu_backward(
+                hidden[group], row_weights[own], grad_activated
             )
-            activated[size:] = grad_hidden[size:] = 0  # rows of other experts add nothing to this one's weights
             _product_into(grad_down[expert], grad_group.t(), activated)
             torch.mm(grad_hidden, gate_up[expert].to(tokens.dtype), out=grad_rows[group])
             rows = kernels.gather_rows(tokens, token_ids[group])
@@ -131,10 +130,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         for expert in set(range(len(down))).difference(group.expert for group in ctx.groups):
             grad_down[expert].zero_()
             grad_gate_up[expert].zero_()
-        own = slice(len(order))
-        grad_weights = (
-            torch.empty_like(row_weights[own]).scatter_(0, order, grad_row_weights[own]).view(len(tokens), -1)
-        )
+        grad_weights = torch.empty_like(row_weights).scatter_(0, order, grad_row_weights).view(len(tokens), -1)
         grad_tokens = sum_slots(grad_rows, order, grad_weights.shape[1]).to(ctx.grad_dtype)
         return grad_tokens, None, grad_weights, grad_gate_up, grad_down, None
 
@@ -158,11 +154,11 @@ class Group(NamedTuple):
 
     expert: int
     rows: slice  # to compute; behind the expert's own rows there may be some of the experts that follow
-    size: int  # how many are its own
+    own: slice
 
 
 def groups_of_rows(ends: list[int], device: torch.device, dtype: torch.dtype) -> tuple[list[Group], int]:
-    """The experts that have rows, and the largest end of a slice; [6, 6, 20] -> (0, 0:6, 6), (2, 6:20, 14) and 20.
+    """The experts that have rows, and the largest end of a slice; [6, 6, 20] -> (0, 0:6, 0:6), (2, 6:20, 6:20) and 20.
 
     For oneDNN slices are longer (`few_sizes`). What is computed for the rows behind a group is wrong, and is
     overwritten when their own expert's turn comes.
@@ -171,6 +167,7 @@ def groups_of_rows(ends: list[int], device: torch.device, dtype: torch.dtype) ->
     for expert, end in enumerate(ends):
         size = end - start
         if size:
-            groups.append(Group(expert, slice(start, start + few_sizes(size, device, dtype)), size))
+            rows = slice(start, start + few_sizes(size, device, dtype))
+            groups.append(Group(expert, rows, slice(start, end)))
         start = end
     return groups, max((group.rows.stop for group in groups), default=0)
