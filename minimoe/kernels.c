@@ -124,13 +124,12 @@ INLINE vec exponential(vec x) {
 
 INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 
-/* ---- Newton-Schulz, see newton_schulz() in train/optim.py ----
+/* ---- products of bf16 ----
 
-   Matrices of bf16 whose rows and columns are multiples of 4 and LANES. Their numbers are multiplied two at a time: a
-   `packed` matrix has its rows 2k and 2k + 1 side by side, as a row k of pairs. Of symmetric matrices only the lower
-   triangle is made, in squares of SQUARE. */
+   Numbers are multiplied two at a time: a packed matrix has its rows 2k and 2k + 1 side by side, as a row k of pairs. */
 
-#define SQUARE (2 * LANES)
+#define TALL 12          /* rows of a tile, whose sums stay in registers */
+#define WIDE (2 * LANES) /* columns */
 
 typedef uint32_t pair __attribute__((may_alias)); /* the lower half is the first one */
 
@@ -143,11 +142,32 @@ INLINE vec add_products(vec c, words a, words b) {
 #endif
 }
 
+/* sums[r][v] += the sum over k of a[r][k * stride] . b[k * b_stride + v * LANES ...], `height` rows, `width` vectors */
+INLINE void add_tile(vec sums[TALL][2], const pair **a, long stride, const pair *b, long b_stride, long pairs,
+                     const int height, const int width) {
+    for (long k = 0; k < pairs; k++) {
+        words right[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < width; v++) memcpy(&right[v], b + k * b_stride + v * LANES, sizeof right[v]);
+#pragma GCC unroll 12
+        for (int r = 0; r < height; r++) {
+            const words left = (words){0} + a[r][k * stride];
+#pragma GCC unroll 2
+            for (int v = 0; v < width; v++) sums[r][v] = add_products(sums[r][v], left, right[v]);
+        }
+    }
+}
+
+/* ---- Newton-Schulz, see newton_schulz() in train/optim.py ----
+
+   Matrices have multiples of 4 rows and of LANES columns. Of symmetric ones only the lower triangle is made, in squares
+   of WIDE. */
+
 /* x (rows, n) packed; `lower` means that it is symmetric and only its lower triangle there. */
 ONCE void pack(const bf16 *x, pair *packed, long rows, long n, int lower) {
     for (long row = 0; row < rows; row += 2) {
         pair *to = packed + row / 2 * n;
-        const long square_end = (row / SQUARE + 1) * SQUARE, known = lower && square_end < n ? square_end : n;
+        const long square_end = (row / WIDE + 1) * WIDE, known = lower && square_end < n ? square_end : n;
         for (long j = 0; j < known; j += LANES) {
             halves a, b;
             memcpy(&a, x + row * n + j, sizeof a);
@@ -160,21 +180,13 @@ ONCE void pack(const bf16 *x, pair *packed, long rows, long n, int lower) {
 }
 
 /* out[i][j] = alpha * sum over pairs k of a(i, k) . b[k][j] + beta * added[i][j], if there is any, for `height` rows
-   from i and `width` vectors from j, whose sums stay in registers. a(i, k) is i steps and k strides from a. */
+   from i and `width` vectors from j. a(i, k) is i steps and k strides from a. */
 INLINE void tile(const pair *a, long step, long stride, const pair *b, long pairs, f32 alpha, f32 beta,
                  const bf16 *added, bf16 *out, long n, long i, long j, const int height, const int width) {
-    vec sums[12][2] = {0};
-    for (long k = 0; k < pairs; k++) {
-        words right[2];
-#pragma GCC unroll 2
-        for (int v = 0; v < width; v++) memcpy(&right[v], b + k * n + j + v * LANES, sizeof right[v]);
-#pragma GCC unroll 12
-        for (int r = 0; r < height; r++) {
-            const words left = (words){0} + a[(i + r) * step + k * stride];
-#pragma GCC unroll 2
-            for (int v = 0; v < width; v++) sums[r][v] = add_products(sums[r][v], left, right[v]);
-        }
-    }
+    vec sums[TALL][2] = {0};
+    const pair *rows[TALL];
+    for (int r = 0; r < height; r++) rows[r] = a + (i + r) * step;
+    add_tile(sums, rows, stride, b + j, n, pairs, height, width);
 #pragma GCC unroll 12
     for (int r = 0; r < height; r++)
 #pragma GCC unroll 2
@@ -188,9 +200,9 @@ INLINE void tile(const pair *a, long step, long stride, const pair *b, long pair
 /* out (rows, n) = alpha * a b + beta * added, as `tile`; of a symmetric one the lower triangle. */
 ONCE void multiply_pairs(const pair *a, long step, long stride, const pair *b, long pairs, f32 alpha, f32 beta,
                          const bf16 *added, bf16 *out, long rows, long n, int lower) {
-    for (long j = 0; j < n; j += SQUARE) {
+    for (long j = 0; j < n; j += WIDE) {
         long i = lower ? j : 0;
-        if (j + SQUARE <= n) {
+        if (j + WIDE <= n) {
             for (; i + 12 <= rows; i += 12) tile(a, step, stride, b, pairs, alpha, beta, added, out, n, i, j, 12, 2);
             for (; i < rows; i += 4) tile(a, step, stride, b, pairs, alpha, beta, added, out, n, i, j, 4, 2);
         } else
@@ -252,6 +264,156 @@ void newton_schulz_bf16(const bf16 *matrices, bf16 *out, bf16 *scratch, long scr
 #define ONLY_MATRICES
 #include "kernels.c"
 
+/* ---- experts of many tokens: weights and their gradients in float32, products of bf16 ----
+
+   An expert's rows are those from the end of the last one's to ends[e]; row r is a copy of token ids[r]. Each thread
+   makes its share of the columns, a panel of WIDE at a time, for which it packs what the rows are multiplied with.
+   Between an expert's two steps threads wait for each other; experts take turns with two sets of buffers, so that they
+   need not wait again. */
+
+/* WIDE rows of w (out, in), packed as columns */
+ONCE void pack_rows(const f32 *w, long in, pair *panel) {
+    bf16 block[WIDE][WIDE];
+    for (long k = 0; k < in; k += WIDE, panel += WIDE / 2 * WIDE) {
+        for (long o = 0; o < WIDE; o++)
+            for (long i = 0; i < WIDE; i += LANES) store_bf16(block[o] + i, load_f32(w + o * in + k + i, LANES), LANES);
+        for (long i = 0; i < WIDE / 2; i++)
+            for (long o = 0; o < WIDE; o++) memcpy(panel + i * WIDE + o, block[o] + 2 * i, sizeof *panel);
+    }
+}
+
+INLINE void rows_tile(const pair **from, bf16 **to, const pair *panel, long pairs, const int height) {
+    vec sums[TALL][2] = {0};
+    add_tile(sums, from, 1, panel, WIDE, pairs, height, 2);
+#pragma GCC unroll 12
+    for (int r = 0; r < height; r++)
+        for (int v = 0; v < 2; v++) store_bf16(to[r] + v * LANES, sums[r][v], LANES);
+}
+
+/* out[r] = x[ids[r]], or x[r], times the panel */
+ONCE void multiply_panel(const bf16 *x, const int64_t *ids, long in, const pair *panel, bf16 *out, long stride,
+                         long rows) {
+    for (long row = 0; row < rows; row += TALL) {
+        const long left = rows - row < TALL ? rows - row : TALL;
+        const pair *from[TALL];
+        bf16 *to[TALL];
+        for (long r = 0; r < TALL; r++) {
+            const long at = row + (r < left ? r : left - 1); /* the last row more than once */
+            from[r] = (const pair *)(x + (ids ? ids[at] : at) * in);
+            to[r] = out + at * stride;
+        }
+        if (left > 8)
+            rows_tile(from, to, panel, in / 2, TALL);
+        else if (left > 4)
+            rows_tile(from, to, panel, in / 2, 8);
+        else
+            rows_tile(from, to, panel, in / 2, 4);
+    }
+}
+
+INLINE void weights_tile(const pair *from, const pair *panel, long pairs, f32 *to, long stride, const int height) {
+    vec sums[TALL][2] = {0};
+    const pair *columns[TALL];
+    for (int r = 0; r < height; r++) columns[r] = from + r;
+    add_tile(sums, columns, WIDE, panel, WIDE, pairs, height, 2);
+#pragma GCC unroll 12
+    for (int r = 0; r < height; r++)
+        for (int v = 0; v < 2; v++) store_f32(to + r * stride + v * LANES, sums[r][v], LANES);
+}
+
+/* out (count, WIDE) = the columns of panels, WIDE of them in each, times one panel */
+ONCE void multiply_panels(const pair *panels, const pair *panel, long pairs, f32 *out, long stride, long count) {
+    for (long i = 0; i < count; i += WIDE, panels += pairs * WIDE) {
+        weights_tile(panels, panel, pairs, out + i * stride, stride, 12);
+        weights_tile(panels + 12, panel, pairs, out + (i + 12) * stride, stride, 12);
+        weights_tile(panels + 24, panel, pairs, out + (i + 24) * stride, stride, 8);
+    }
+}
+
+/* The first column of a thread's share. */
+INLINE long share(long columns, long thread, long threads) { return columns / WIDE * thread / threads * WIDE; }
+
+/* hidden (rows, 2 * width) = gate_up[e] x, out = down[e] (weight * swiglu of it). `activated` has room for most x width
+   twice, `panels` for each thread's. */
+void grouped_swiglu_bf16(const bf16 *tokens, const int64_t *ids, const f32 *weights, const f32 *gate_up,
+                         const f32 *down, const int64_t *ends, bf16 *hidden, bf16 *out, bf16 *activated, pair *panels,
+                         long panel_size, long experts, long most, long in, long width, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num();
+        const long first = share(width, thread, threads), last = share(width, thread + 1, threads);
+        pair *panel = panels + thread * panel_size;
+        for (long e = 0, start = 0; e < experts; start = ends[e++]) {
+            const long rows = ends[e] - start;
+            bf16 *act = activated + e % 2 * most * width, *h = hidden + start * 2 * width;
+            for (long part = 0; part <= width; part += width)
+                for (long j = part + first; j < part + last; j += WIDE) {
+                    pack_rows(gate_up + (e * 2 * width + j) * in, in, panel);
+                    multiply_panel(tokens, ids + start, in, panel, h + j, 2 * width, rows);
+                }
+            for (long row = 0; row < rows; row++) {
+                const bf16 *gate = h + row * 2 * width + first;
+                swiglu_row_bf16(gate, gate + width, weights[start + row], act + row * width + first, last - first);
+            }
+#pragma omp barrier
+            for (long j = share(in, thread, threads); j < share(in, thread + 1, threads); j += WIDE) {
+                pack_rows(down + (e * in + j) * width, width, panel);
+                multiply_panel(act, NULL, width, panel, out + start * in + j, in, rows);
+            }
+        }
+    }
+}
+
+/* `buffers` has room for two sets of an expert's: see the sizes below. grad_weights (threads, all rows) are each
+   thread's part. */
+void grouped_swiglu_backward_bf16(const bf16 *tokens, const int64_t *ids, const f32 *weights, const f32 *gate_up,
+                                  const f32 *down, const int64_t *ends, const bf16 *hidden, const bf16 *grad_out,
+                                  bf16 *grad_rows, f32 *grad_weights, f32 *grad_gate_up, f32 *grad_down, bf16 *buffers,
+                                  pair *panels, long panel_size, long experts, long most, long in, long width,
+                                  int threads) {
+    const long even = (most + 1) / 2 * 2, all = ends[experts - 1];
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num();
+        const long first = share(width, thread, threads), last = share(width, thread + 1, threads);
+        const long first_in = share(in, thread, threads), last_in = share(in, thread + 1, threads);
+        pair *panel = panels + thread * panel_size;
+        for (long e = 0, start = 0; e < experts; start = ends[e++]) {
+            const long rows = ends[e] - start, pairs = (rows + 1) / 2;
+            const f32 *w_gate_up = gate_up + e * 2 * width * in, *w_down = down + e * in * width;
+            const bf16 *h = hidden + start * 2 * width, *grad = grad_out + start * in;
+            bf16 *act = buffers + e % 2 * even * (5 * width + in), *grad_h = act + even * width;
+            pair *packed_h = (pair *)(grad_h + even * 2 * width), *packed_grad = packed_h + even * width;
+            for (long j = first; j < last; j += WIDE) { /* gradients of the activations, which take their place */
+                pack_panel_f32(w_down + j, width, NULL, in, panel);
+                multiply_panel(grad, NULL, in, panel, act + j, width, rows);
+            }
+            for (long row = 0; row < rows; row++) {
+                const bf16 *gate = h + row * 2 * width + first;
+                bf16 *to = grad_h + row * 2 * width + first;
+                grad_weights[thread * all + start + row] = swiglu_row_backward_bf16(
+                    gate, gate + width, weights[start + row], act + row * width + first, to, to + width, last - first);
+            }
+            for (long part = 0; part <= width; part += width)
+                for (long j = part + first; j < part + last; j += WIDE)
+                    pack_panel_bf16(grad_h + j, 2 * width, NULL, rows, packed_h + j * pairs);
+            for (long j = first_in; j < last_in; j += WIDE)
+                pack_panel_bf16(grad + j, in, NULL, rows, packed_grad + j * pairs);
+#pragma omp barrier
+            for (long j = first; j < last; j += WIDE) {
+                pack_panel_bf16(act + j, width, NULL, rows, panel);
+                multiply_panels(packed_grad, panel, pairs, grad_down + e * in * width + j, width, in);
+            }
+            for (long j = first_in; j < last_in; j += WIDE) {
+                pack_panel_bf16(tokens + j, in, ids + start, rows, panel);
+                multiply_panels(packed_h, panel, pairs, grad_gate_up + e * 2 * width * in + j, in, 2 * width);
+                pack_panel_f32(w_gate_up + j, in, NULL, 2 * width, panel);
+                multiply_panel(grad_h, NULL, 2 * width, panel, grad_rows + start * in + j, in, rows);
+            }
+        }
+    }
+}
+
 #else /* for each T */
 
 #ifndef ONLY_MATRICES
@@ -269,6 +431,22 @@ INLINE f32 NAME(inverse_rms)(const T *x, long width, f32 eps) {
 INLINE void NAME(norm_row)(const f32 *x, const f32 *gains, T *y, f32 eps, long width) {
     const f32 inverse = inverse_rms_f32(x, width, eps);
     FOR_EACH_VECTOR(width, STORE(y + i, inverse * load_f32(x + i, n) * load_f32(gains + i, n), n););
+}
+
+#endif
+
+#ifndef ONLY_MATRICES
+
+/* WIDE columns of the rows x[ids[k]], or x[k], packed; an odd last row beside zeros */
+INLINE void NAME(pack_panel)(const T *x, long stride, const int64_t *ids, long rows, pair *panel) {
+    for (long k = 0; k < rows; k += 2)
+        for (long j = 0; j < WIDE; j += LANES) {
+            halves a, b = {0};
+            store_bf16((bf16 *)&a, LOAD(x + (ids ? ids[k] : k) * stride + j, LANES), LANES);
+            if (k + 1 < rows) store_bf16((bf16 *)&b, LOAD(x + (ids ? ids[k + 1] : k + 1) * stride + j, LANES), LANES);
+            const words pairs = __builtin_convertvector(a, words) | __builtin_convertvector(b, words) << 16;
+            memcpy(panel + k / 2 * WIDE + j, &pairs, sizeof pairs);
+        }
 }
 
 #endif
@@ -383,46 +561,52 @@ void NAME(experts)(const T *gate_up, const f32 *gate_up_scales, const T *down, c
 
    Where rows have weights, the first `weighted` do; the others' output and gradients are zeros. */
 
+INLINE void NAME(swiglu_row)(const T *gate, const T *up, f32 weight, T *out, long width) {
+    FOR_EACH_VECTOR(width, {
+        const vec g = LOAD(gate + i, n);
+        STORE(out + i, weight * g * sigmoid(g) * LOAD(up + i, n), n);
+    });
+}
+
+/* Overwrites `grad` with the output, which backward needs too, and returns the weight's gradient. */
+INLINE f32 NAME(swiglu_row_backward)(const T *gate, const T *up, f32 weight, T *grad, T *grad_gate, T *grad_up,
+                                     long width) {
+    vec total = zero;
+    FOR_EACH_VECTOR(width, {
+        const vec g = LOAD(gate + i, n), u = LOAD(up + i, n), grad_out = LOAD(grad + i, n);
+        const vec s = sigmoid(g), silu = g * s, grad_product = weight * grad_out;
+        total += grad_out * silu * u;
+        STORE(grad_gate + i, grad_product * u * (s + silu * (1 - s)), n);
+        STORE(grad_up + i, grad_product * silu, n);
+        STORE(grad + i, weight * silu * u, n);
+    });
+    return sum(total);
+}
+
 void NAME(swiglu)(const T *gate_up, const f32 *weights, T *out, long rows, long weighted, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * 2 * width, *up = gate + width;
+        const T *gate = gate_up + row * 2 * width;
         T *to = out + row * width;
-        if (row >= weighted) {
+        if (row < weighted)
+            NAME(swiglu_row)(gate, gate + width, weights ? weights[row] : 1, to, width);
+        else
             memset(to, 0, width * sizeof *to);
-            continue;
-        }
-        const f32 weight = weights ? weights[row] : 1;
-        FOR_EACH_VECTOR(width, {
-            const vec g = LOAD(gate + i, n);
-            STORE(to + i, weight * g * sigmoid(g) * LOAD(up + i, n), n);
-        });
     }
 }
 
-/* `grad` (n, I) is read and overwritten with the output, which backward needs too. */
 void NAME(swiglu_backward)(const T *gate_up, const f32 *weights, T *grad, T *grad_gate_up, f32 *grad_weights, long rows,
                            long weighted, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width;
-        T *out = grad + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
-        if (row >= weighted) {
+        T *out = grad + row * width, *to = grad_gate_up + row * 2 * width;
+        if (row < weighted)
+            grad_weights[row] = NAME(swiglu_row_backward)(gate, up, weights[row], out, to, to + width, width);
+        else {
             memset(out, 0, width * sizeof *out);
-            memset(grad_gate, 0, 2 * width * sizeof *grad_gate);
-            continue;
+            memset(to, 0, 2 * width * sizeof *to);
         }
-        const f32 weight = weights[row];
-        vec total = zero;
-        FOR_EACH_VECTOR(width, {
-            const vec g = LOAD(gate + i, n), u = LOAD(up + i, n), grad_out = LOAD(out + i, n);
-            const vec s = sigmoid(g), silu = g * s, grad_product = weight * grad_out;
-            total += grad_out * silu * u;
-            STORE(grad_gate + i, grad_product * u * (s + silu * (1 - s)), n);
-            STORE(grad_up + i, grad_product * silu, n);
-            STORE(out + i, weight * silu * u, n);
-        });
-        grad_weights[row] = sum(total);
     }
 }
 

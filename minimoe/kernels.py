@@ -27,6 +27,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
+_PANEL = 32  # columns, WIDE in kernels.c
 WORK_OF_A_THREAD = 2**14  # numbers to read, at least: waking another one takes about as long
 
 
@@ -87,6 +88,8 @@ _SIGNATURES = {
     "rms_norm_backward": "pppppfnn",
     "heads": "pppppppfnnnnn",
     "heads_backward": "pppppppppfnnnnn",
+    "grouped_swiglu": "ppppppppppnnnnn",
+    "grouped_swiglu_backward": "ppppppppppppppnnnnn",
     "newton_schulz": "pppnfffnnnn",
 }
 _KINDS: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
@@ -339,6 +342,81 @@ def heads_backward(
     shape = (qkv.shape[0], length, kv_heads, normed // kv_heads - 1, head_dim)
     _run("heads_backward", qkv.dtype, threads, qkv, gains, cos, sin, *grads, out, parts, eps, *shape)
     return parts.sum(0)
+
+
+def multiplies_experts(tokens: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether `grouped_swiglu` can be had for these, and is faster than a library's products one after the other.
+
+    With AMX it is not, nor for large experts, whose matrices leave a core's cache. A thread needs a panel of columns.
+    """
+    in_panels = gate_up.shape[2] % _PANEL == 0 and down.shape[2] % _PANEL == 0
+    return (
+        tokens.dtype == torch.bfloat16
+        and in_panels
+        and _PANEL * torch.get_num_threads() <= down.shape[2] <= 1024
+        and made_for(tokens, float32=(gate_up, down))
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+    )
+
+
+def grouped_swiglu(
+    tokens: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU of rows sorted by expert, each times its weight, with products of bfloat16.
+
+    Args:
+        tokens: (T, D) bfloat16.
+        ids: (N,) int64, the token of each row.
+        weights: (N,) float32.
+        gate_up, down: (E, 2I, D), gate first, and (E, D, I), float32.
+        ends: (E,) int64, where each expert's rows end.
+
+    Returns:
+        The pre-activations (N, 2I), for backward, and the results (N, D), bfloat16.
+    """
+    experts, inputs, width = down.shape
+    most = _largest_group(ends)
+    hidden, out = tokens.new_empty(len(ids), 2 * width), tokens.new_empty(len(ids), inputs)
+    activated = tokens.new_empty(2, most, width)
+    panels = tokens.new_empty(torch.get_num_threads(), max(inputs, width), _PANEL)
+    operands = (tokens, ids, weights, gate_up, down, ends, hidden, out, activated, panels)
+    sizes = (panels[0].numel() // 2, experts, most, inputs, width)
+    _run("grouped_swiglu", tokens.dtype, torch.get_num_threads(), *operands, *sizes)
+    return hidden, out
+
+
+def grouped_swiglu_backward(
+    tokens: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ends: Tensor,
+    hidden: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the rows (N, D) in bfloat16, and of weights, gate_up and down in float32.
+
+    Args:
+        hidden: (N, 2I), the pre-activations.
+        grad: (N, D), of the results.
+    """
+    (experts, inputs, width), most, threads = down.shape, _largest_group(ends), torch.get_num_threads()
+    even = most + most % 2
+    buffers = tokens.new_empty(2, even, 5 * width + inputs)
+    panels = tokens.new_empty(threads, max(inputs, 2 * width, even), _PANEL)
+    grad_rows, grad_weights = torch.empty_like(grad), weights.new_empty(threads, len(ids))
+    grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+    operands = (tokens, ids, weights, gate_up, down, ends, hidden, grad)
+    results = (grad_rows, grad_weights, grad_gate_up, grad_down)
+    sizes = (panels[0].numel() // 2, experts, most, inputs, width)
+    _run("grouped_swiglu_backward", tokens.dtype, threads, *operands, *results, buffers, panels, *sizes)
+    return grad_rows, grad_weights.sum(0), grad_gate_up, grad_down
+
+
+def _largest_group(ends: Tensor) -> int:
+    return int(ends.diff(prepend=ends.new_zeros(1)).max())
 
 
 def newton_schulz(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import relative_error, tiny_config
 
+from minimoe import kernels
 from minimoe.model.dispatch import DISPATCHES
 from minimoe.model.experts import Experts, grouped_mm_swiglu, groups_of_rows, swiglu
 from minimoe.model.moe import MoEFeedForward
@@ -72,6 +75,60 @@ def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case
         # A weight's gradient is one product of two rows, where terms cancel; the others are sums of many.
         tolerance = TOLERANCE[dtype] * (2 if parameter == "weights" else 1)
         assert relative_error(gradient, expected_gradients[parameter]) <= tolerance, parameter
+
+
+@pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("k", [1, 2, NUM_EXPERTS])
+@pytest.mark.parametrize("case", ["spread", "idle", "one_token", "all_to_one"])
+def test_experts_in_one_call_equal_the_definition_in_values_and_gradients(case, k, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(kernels, "multiplies_experts", lambda tokens, *_: tokens.dtype == torch.bfloat16)
+    torch.manual_seed(k)
+    expert_ids = route(case, 1 if case == "one_token" else 87, k)
+    experts = Experts(NUM_EXPERTS, 96, 64)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    num_tokens = len(expert_ids)
+    tokens, target = (torch.randn(num_tokens, 96).bfloat16().float() for _ in range(2))
+
+    def results(dispatch, dtype):
+        module = copy.deepcopy(experts).to(dtype)
+        torch.manual_seed(0)
+        weights = torch.rand(num_tokens, k).to(dtype).requires_grad_()
+        x = tokens.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            output = dispatch(x, expert_ids, weights, module)
+        (output * target.to(dtype)).sum().backward()
+        return output, x.grad, weights.grad, *(parameter.grad for parameter in module.parameters())
+
+    called = []
+    real = kernels.grouped_swiglu_backward
+    monkeypatch.setattr(kernels, "grouped_swiglu_backward", lambda *args: called.append(1) or real(*args))
+    names = ("output", "tokens", "weights", "gate_up", "down")
+    for name, result, expected in zip(
+        names, results(DISPATCHES["replicated"], torch.float32), results(by_hand, torch.float64), strict=True
+    ):
+        assert result.dtype == torch.float32
+        tolerance = TOLERANCE[torch.bfloat16] * (2 if name == "weights" else 1)  # as above
+        assert relative_error(result, expected) <= tolerance, name
+    assert called
+
+
+def test_a_librarys_products_are_used_where_they_are_faster(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    in_bf16 = kernels.why_not() is None and torch.cpu._is_avx512_bf16_supported()
+
+    def asked(hidden, width, dtype=torch.bfloat16):
+        experts = Experts(2, hidden, width)
+        return kernels.multiplies_experts(torch.zeros(3, hidden, dtype=dtype), *experts.parameters())
+
+    assert asked(64, 128) == (in_bf16 and not torch.cpu._is_amx_tile_supported())
+    assert not asked(64, 128, torch.float32)
+    assert not asked(64, 96)  # fewer panels than threads
+    assert not asked(48, 128)
+    assert not asked(64, 144)
+    assert not asked(64, 1056)
 
 
 @pytest.mark.parametrize("rows", [1, 10, 74])

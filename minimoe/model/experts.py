@@ -45,10 +45,13 @@ class Experts(nn.Module):
         Returns:
             (N, D) in the computing dtype (autocast's, if on).
         """
+        (tokens,) = to_compute_dtype(tokens)
         if self.stay_on_device(tokens):
-            tokens, gate_up, down = to_compute_dtype(tokens, self.gate_up_proj, self.down_proj)
+            gate_up, down = to_compute_dtype(self.gate_up_proj, self.down_proj)
             rows, row_weights = replicate_rows(tokens, order, weights.shape[1]), weights.flatten().gather(0, order)
             return grouped_mm_swiglu(rows, gate_up, down, row_weights, ends)
+        if kernels.multiplies_experts(tokens, self.gate_up_proj, self.down_proj):
+            return _SwiGLUInC.apply(tokens, order, weights, self.gate_up_proj, self.down_proj, ends)
         return _GroupedSwiGLU.apply(tokens, order, weights, self.gate_up_proj, self.down_proj, ends.tolist())
 
     def stay_on_device(self, rows: Tensor) -> bool:
@@ -91,10 +94,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, order: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ends: list[int]
     ) -> Tensor:
-        width, dtype = down.shape[2], compute_dtype(tokens.device, tokens.dtype)
-        ctx.grad_dtype = tokens.dtype
+        width, dtype = down.shape[2], tokens.dtype
         groups, length = groups_of_rows(ends, tokens.device, dtype)
-        tokens = tokens.to(dtype)
         token_ids = F.pad(order // weights.shape[1], (0, length - len(order)))
         row_weights = weights.flatten()[order]
         hidden = tokens.new_empty(length, 2 * width)
@@ -131,7 +132,31 @@ class _GroupedSwiGLU(torch.autograd.Function):
             grad_down[expert].zero_()
             grad_gate_up[expert].zero_()
         grad_weights = torch.empty_like(row_weights).scatter_(0, order, grad_row_weights).view(len(tokens), -1)
-        grad_tokens = sum_slots(grad_rows, order, grad_weights.shape[1]).to(ctx.grad_dtype)
+        grad_tokens = sum_slots(grad_rows, order, grad_weights.shape[1])
+        return grad_tokens, None, grad_weights, grad_gate_up, grad_down, None
+
+
+class _SwiGLUInC(torch.autograd.Function):
+    """The same with all experts in one call, whose products read the tokens themselves and need no rows to spare."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, order: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor
+    ) -> Tensor:
+        token_ids, row_weights = order // weights.shape[1], weights.flatten()[order]
+        hidden, out = kernels.grouped_swiglu(tokens, token_ids, row_weights, gate_up, down, ends)
+        ctx.save_for_backward(tokens, token_ids, order, row_weights, gate_up, down, ends, hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, token_ids, order, row_weights, gate_up, down, ends, hidden = ctx.saved_tensors
+        grad_rows, grad_row_weights, grad_gate_up, grad_down = kernels.grouped_swiglu_backward(
+            tokens, token_ids, row_weights, gate_up, down, ends, hidden, grad_out.contiguous()
+        )
+        grad_weights = torch.empty_like(row_weights).scatter_(0, order, grad_row_weights).view(len(tokens), -1)
+        grad_tokens = sum_slots(grad_rows, order, grad_weights.shape[1])
         return grad_tokens, None, grad_weights, grad_gate_up, grad_down, None
 
 
