@@ -1,8 +1,9 @@
 /* What a CPU does much faster in one pass than in torch's calls; compiled by kernels.py when it is first needed.
 
-   Numbers are computed in float32, 16 at a time; vectors are the compiler's own type, so any CPU will do. This file
-   includes itself once for each type of numbers in memory: the second half is compiled for T = f32, bf16 and i8, and
-   NAME(products) is there products_f32, products_bf16 and products_i8. */
+   Numbers are computed in float32, 16 at a time; vectors are the compiler's own type, so any CPU will do. `threads` are
+   asked for; where a limit lets fewer come, these share the work. This file includes itself once for each type of
+   numbers in memory: the second half is compiled for T = f32, bf16 and i8, and NAME(products) is there products_f32,
+   products_bf16 and products_i8. */
 
 #ifndef T
 
@@ -331,7 +332,7 @@ ONCE void multiply_panels(const pair *panels, const pair *panel, long pairs, f32
 }
 
 /* The first column of a thread's share. */
-INLINE long share(long columns, long thread, long threads) { return columns / WIDE * thread / threads * WIDE; }
+INLINE long share(long columns, long thread, long team) { return columns / WIDE * thread / team * WIDE; }
 
 /* hidden (rows, 2 * width) = gate_up[e] x, out = down[e] (weight * swiglu of it). `activated` has room for most x width
    twice, `panels` for each thread's. */
@@ -340,8 +341,8 @@ void grouped_swiglu_bf16(const bf16 *tokens, const int64_t *ids, const f32 *weig
                          long panel_size, long experts, long most, long in, long width, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        const long thread = omp_get_thread_num();
-        const long first = share(width, thread, threads), last = share(width, thread + 1, threads);
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const long first = share(width, thread, team), last = share(width, thread + 1, team);
         pair *panel = panels + thread * panel_size;
         for (long e = 0, start = 0; e < experts; start = ends[e++]) {
             const long rows = ends[e] - start;
@@ -356,7 +357,7 @@ void grouped_swiglu_bf16(const bf16 *tokens, const int64_t *ids, const f32 *weig
                 swiglu_row_bf16(gate, gate + width, weights[start + row], act + row * width + first, last - first);
             }
 #pragma omp barrier
-            for (long j = share(in, thread, threads); j < share(in, thread + 1, threads); j += WIDE) {
+            for (long j = share(in, thread, team); j < share(in, thread + 1, team); j += WIDE) {
                 pack_rows(down + (e * in + j) * width, width, panel);
                 multiply_panel(act, NULL, width, panel, out + start * in + j, in, rows);
             }
@@ -374,9 +375,9 @@ void grouped_swiglu_backward_bf16(const bf16 *tokens, const int64_t *ids, const 
     const long even = (most + 1) / 2 * 2, all = ends[experts - 1];
 #pragma omp parallel num_threads(threads)
     {
-        const long thread = omp_get_thread_num();
-        const long first = share(width, thread, threads), last = share(width, thread + 1, threads);
-        const long first_in = share(in, thread, threads), last_in = share(in, thread + 1, threads);
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const long first = share(width, thread, team), last = share(width, thread + 1, team);
+        const long first_in = share(in, thread, team), last_in = share(in, thread + 1, team);
         pair *panel = panels + thread * panel_size;
         for (long e = 0, start = 0; e < experts; start = ends[e++]) {
             const long rows = ends[e] - start, pairs = (rows + 1) / 2;
@@ -513,14 +514,14 @@ void NAME(products)(const T *matrices, const f32 *scales, const int64_t *ids, lo
                     int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        const long thread = omp_get_thread_num();
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
         if (gains) {
 #pragma omp for
             for (long row = 0; row < rows / copies; row++)
                 norm_row_f32(x + row * in, gains, normed + row * in, eps, in);
         }
         NAME(multiply)(matrices, scales, ids, count, gains ? normed : x, in, y, add, rows, copies, in, out,
-                       out * thread / threads, out * (thread + 1) / threads);
+                       out * thread / team, out * (thread + 1) / team);
     }
 }
 
@@ -532,8 +533,8 @@ void NAME(experts)(const T *gate_up, const f32 *gate_up_scales, const T *down, c
     const long rows = tokens * slots;
 #pragma omp parallel num_threads(threads)
     {
-        const long thread = omp_get_thread_num();
-        long first = width * thread / threads, last = width * (thread + 1) / threads;
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
+        long first = width * thread / team, last = width * (thread + 1) / team;
         for (long part = 0; part <= width; part += width)
             NAME(multiply)(gate_up, gate_up_scales, ids, count, x, in, hidden, 0, rows, slots, in, 2 * width,
                            part + first, part + last);
@@ -545,7 +546,7 @@ void NAME(experts)(const T *gate_up, const f32 *gate_up_scales, const T *down, c
             });
         }
 #pragma omp barrier
-        first = in * thread / threads, last = in * (thread + 1) / threads;
+        first = in * thread / team, last = in * (thread + 1) / team;
         NAME(multiply)(down, down_scales, ids, count, hidden, 2 * width, outputs, 0, rows, 1, width, in, first, last);
         for (long row = 0; row < rows; row++) {
             const f32 weight = weights[row], *from = outputs + row * in + first;

@@ -406,7 +406,7 @@ def grouped_swiglu_backward(
     even = most + most % 2
     buffers = tokens.new_empty(2, even, 5 * width + inputs)
     panels = tokens.new_empty(threads, max(inputs, 2 * width, even), _PANEL)
-    grad_rows, grad_weights = torch.empty_like(grad), weights.new_empty(threads, len(ids))
+    grad_rows, grad_weights = torch.empty_like(grad), weights.new_zeros(threads, len(ids))
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
     operands = (tokens, ids, weights, gate_up, down, ends, hidden, grad)
     results = (grad_rows, grad_weights, grad_gate_up, grad_down)

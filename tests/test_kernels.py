@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
 import sys
@@ -176,6 +177,36 @@ def test_no_second_openmp_is_loaded():
         "print(len(set(re.findall(r'/\\S*omp\\S*so\\S*', open('/proc/self/maps').read()))))"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "1"
+
+
+_ON_THREE_THREADS = """
+import torch
+from minimoe import kernels
+
+torch.manual_seed(0)
+x, ids, weights = torch.randn(9, 96), torch.randint(4, (9,)), torch.rand(9)
+gate_up, down, ends = torch.randn(4, 128, 96), torch.randn(4, 96, 64), torch.tensor([2, 2, 7, 9])
+matrices = kernels.Matrices(gate_up, None), kernels.Matrices(down, None)
+
+def results():
+    hidden, out = kernels.grouped_swiglu(x.bfloat16(), ids, weights, gate_up, down, ends)
+    operands = (x.bfloat16(), ids, weights, gate_up, down, ends, hidden)
+    yield from (hidden, out, *kernels.grouped_swiglu_backward(*operands, out))
+    yield kernels.products(matrices[0], x, ids)
+    yield kernels.experts(*matrices, x, ids[:, None], weights[:, None], torch.zeros(9, 96))
+    yield kernels.newton_schulz(down.bfloat16(), (3.0, -4.0, 2.0), 2)
+
+one = list(results())
+torch.get_num_threads, kernels.WORK_OF_A_THREAD = lambda: 3, 1
+for expected, result in zip(one, results(), strict=True):
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("limit", ["1", "2"])
+def test_fewer_threads_than_asked_for_share_the_work(limit):
+    subprocess.run([sys.executable, "-c", _ON_THREE_THREADS], check=True, env=os.environ | {"OMP_THREAD_LIMIT": limit})
 
 
 @pytest.fixture
