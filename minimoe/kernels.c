@@ -125,17 +125,20 @@ INLINE vec exponential(vec x) {
 
 INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 
-/* ---- products of bf16 ----
+/* ---- tiles of products ----
 
-   Numbers are multiplied two at a time: a packed matrix has its rows 2k and 2k + 1 side by side, as a row k of pairs. */
+   A packed matrix has words: each is a number of float32, or two of bfloat16, which are its rows 2k and 2k + 1. */
 
 #define TALL 12          /* rows of a tile, whose sums stay in registers */
 #define WIDE (2 * LANES) /* columns */
+#define PER_WORD ((long)(sizeof(word) / sizeof(T)))
 
-typedef uint32_t pair __attribute__((may_alias)); /* the lower half is the first one */
+typedef uint32_t word __attribute__((may_alias)); /* of two numbers the lower half is the first */
 
-/* c + a . b of each pair */
-INLINE vec add_products(vec c, words a, words b) {
+/* c + a . b of each word */
+INLINE vec add_products_f32(vec c, words a, words b) { return c + (vec)a * (vec)b; }
+
+INLINE vec add_products_bf16(vec c, words a, words b) {
 #ifdef __AVX512BF16__
     return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 #else
@@ -143,21 +146,36 @@ INLINE vec add_products(vec c, words a, words b) {
 #endif
 }
 
-/* sums[r][v] += the sum over k of a[r][k * stride] . b[k * b_stride + v * LANES ...], `height` rows, `width` vectors */
-INLINE void add_tile(vec sums[TALL][2], const pair **a, long stride, const pair *b, long b_stride, long pairs,
-                     const int height, const int width) {
-    for (long k = 0; k < pairs; k++) {
-        words right[2];
-#pragma GCC unroll 2
-        for (int v = 0; v < width; v++) memcpy(&right[v], b + k * b_stride + v * LANES, sizeof right[v]);
-#pragma GCC unroll 12
-        for (int r = 0; r < height; r++) {
-            const words left = (words){0} + a[r][k * stride];
-#pragma GCC unroll 2
-            for (int v = 0; v < width; v++) sums[r][v] = add_products(sums[r][v], left, right[v]);
-        }
-    }
+/* Words of two rows; there is only one in words of float32. */
+INLINE words pack_f32(vec a, vec b) { return (words)a; }
+
+INLINE words pack_bf16(vec a, vec b) {
+    halves low, high;
+    store_bf16((bf16 *)&low, a, LANES);
+    store_bf16((bf16 *)&high, b, LANES);
+    return __builtin_convertvector(low, words) | __builtin_convertvector(high, words) << 16;
 }
+
+INLINE long least(long a, long b) { return a < b ? a : b; }
+
+/* The first column of a thread's share. */
+INLINE long share(long columns, long thread, long team) { return columns / WIDE * thread / team * WIDE; }
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(function) PASTE(function, T)
+#define LOAD NAME(load)
+#define STORE NAME(store)
+
+#define T f32
+#include "kernels.c"
+#undef T
+#define T bf16
+#include "kernels.c"
+#undef T
+#define T i8
+#define ONLY_MATRICES
+#include "kernels.c"
 
 /* ---- Newton-Schulz, see newton_schulz() in train/optim.py ----
 
@@ -165,9 +183,9 @@ INLINE void add_tile(vec sums[TALL][2], const pair **a, long stride, const pair 
    of WIDE. */
 
 /* x (rows, n) packed; `lower` means that it is symmetric and only its lower triangle there. */
-ONCE void pack(const bf16 *x, pair *packed, long rows, long n, int lower) {
+ONCE void pack(const bf16 *x, word *packed, long rows, long n, int lower) {
     for (long row = 0; row < rows; row += 2) {
-        pair *to = packed + row / 2 * n;
+        word *to = packed + row / 2 * n;
         const long square_end = (row / WIDE + 1) * WIDE, known = lower && square_end < n ? square_end : n;
         for (long j = 0; j < known; j += LANES) {
             halves a, b;
@@ -182,12 +200,12 @@ ONCE void pack(const bf16 *x, pair *packed, long rows, long n, int lower) {
 
 /* out[i][j] = alpha * sum over pairs k of a(i, k) . b[k][j] + beta * added[i][j], if there is any, for `height` rows
    from i and `width` vectors from j. a(i, k) is i steps and k strides from a. */
-INLINE void tile(const pair *a, long step, long stride, const pair *b, long pairs, f32 alpha, f32 beta,
+INLINE void tile(const word *a, long step, long stride, const word *b, long pairs, f32 alpha, f32 beta,
                  const bf16 *added, bf16 *out, long n, long i, long j, const int height, const int width) {
     vec sums[TALL][2] = {0};
-    const pair *rows[TALL];
+    const word *rows[TALL];
     for (int r = 0; r < height; r++) rows[r] = a + (i + r) * step;
-    add_tile(sums, rows, stride, b + j, n, pairs, height, width);
+    add_tile_bf16(sums, rows, stride, b + j, n, pairs, height, width);
 #pragma GCC unroll 12
     for (int r = 0; r < height; r++)
 #pragma GCC unroll 2
@@ -199,7 +217,7 @@ INLINE void tile(const pair *a, long step, long stride, const pair *b, long pair
 }
 
 /* out (rows, n) = alpha * a b + beta * added, as `tile`; of a symmetric one the lower triangle. */
-ONCE void multiply_pairs(const pair *a, long step, long stride, const pair *b, long pairs, f32 alpha, f32 beta,
+ONCE void multiply_pairs(const word *a, long step, long stride, const word *b, long pairs, f32 alpha, f32 beta,
                          const bf16 *added, bf16 *out, long rows, long n, int lower) {
     for (long j = 0; j < n; j += WIDE) {
         long i = lower ? j : 0;
@@ -221,7 +239,7 @@ void newton_schulz_bf16(const bf16 *matrices, bf16 *out, bf16 *scratch, long scr
         bf16 *result = out + matrix * height * width;
         bf16 *x = scratch + omp_get_thread_num() * scratch_size, *next = x + rows * columns;
         bf16 *gram = next + rows * columns, *poly = gram + columns * columns;
-        pair *packed = (pair *)(poly + columns * columns);
+        word *packed = (word *)(poly + columns * columns);
         vec squares = zero;
         FOR_EACH_VECTOR(height * width, {
             const vec y = load_bf16(given + i, n);
@@ -240,178 +258,12 @@ void newton_schulz_bf16(const bf16 *matrices, bf16 *out, bf16 *scratch, long scr
             pack(gram, packed, columns, columns, 1);
             multiply_pairs(packed, 1, columns, packed, columns / 2, c, b, gram, poly, columns, columns, 1);
             pack(poly, packed, columns, columns, 1);
-            multiply_pairs((pair *)x, columns / 2, 1, packed, columns / 2, 1, a, x, next, rows, columns, 0);
+            multiply_pairs((word *)x, columns / 2, 1, packed, columns / 2, 1, a, x, next, rows, columns, 0);
             bf16 *swap = x;
             x = next;
             next = swap;
         }
         for (long row = 0; row < height; row++) memcpy(result + row * width, x + row * columns, width * sizeof *x);
-    }
-}
-
-#define PASTE_(a, b) a##_##b
-#define PASTE(a, b) PASTE_(a, b)
-#define NAME(function) PASTE(function, T)
-#define LOAD NAME(load)
-#define STORE NAME(store)
-
-#define T f32
-#include "kernels.c"
-#undef T
-#define T bf16
-#include "kernels.c"
-#undef T
-#define T i8
-#define ONLY_MATRICES
-#include "kernels.c"
-
-/* ---- experts of many tokens: weights and their gradients in float32, products of bf16 ----
-
-   An expert's rows are those from the end of the last one's to ends[e]; row r is a copy of token ids[r]. Each thread
-   makes its share of the columns, a panel of WIDE at a time, for which it packs what the rows are multiplied with.
-   Between an expert's two steps threads wait for each other; experts take turns with two sets of buffers, so that they
-   need not wait again. */
-
-/* WIDE rows of w (out, in), packed as columns */
-ONCE void pack_rows(const f32 *w, long in, pair *panel) {
-    bf16 block[WIDE][WIDE];
-    for (long k = 0; k < in; k += WIDE, panel += WIDE / 2 * WIDE) {
-        for (long o = 0; o < WIDE; o++)
-            for (long i = 0; i < WIDE; i += LANES) store_bf16(block[o] + i, load_f32(w + o * in + k + i, LANES), LANES);
-        for (long i = 0; i < WIDE / 2; i++)
-            for (long o = 0; o < WIDE; o++) memcpy(panel + i * WIDE + o, block[o] + 2 * i, sizeof *panel);
-    }
-}
-
-INLINE void rows_tile(const pair **from, bf16 **to, const pair *panel, long pairs, const int height) {
-    vec sums[TALL][2] = {0};
-    add_tile(sums, from, 1, panel, WIDE, pairs, height, 2);
-#pragma GCC unroll 12
-    for (int r = 0; r < height; r++)
-        for (int v = 0; v < 2; v++) store_bf16(to[r] + v * LANES, sums[r][v], LANES);
-}
-
-/* out[r] = x[ids[r]], or x[r], times the panel */
-ONCE void multiply_panel(const bf16 *x, const int64_t *ids, long in, const pair *panel, bf16 *out, long stride,
-                         long rows) {
-    for (long row = 0; row < rows; row += TALL) {
-        const long left = rows - row < TALL ? rows - row : TALL;
-        const pair *from[TALL];
-        bf16 *to[TALL];
-        for (long r = 0; r < TALL; r++) {
-            const long at = row + (r < left ? r : left - 1); /* the last row more than once */
-            from[r] = (const pair *)(x + (ids ? ids[at] : at) * in);
-            to[r] = out + at * stride;
-        }
-        if (left > 8)
-            rows_tile(from, to, panel, in / 2, TALL);
-        else if (left > 4)
-            rows_tile(from, to, panel, in / 2, 8);
-        else
-            rows_tile(from, to, panel, in / 2, 4);
-    }
-}
-
-INLINE void weights_tile(const pair *from, const pair *panel, long pairs, f32 *to, long stride, const int height) {
-    vec sums[TALL][2] = {0};
-    const pair *columns[TALL];
-    for (int r = 0; r < height; r++) columns[r] = from + r;
-    add_tile(sums, columns, WIDE, panel, WIDE, pairs, height, 2);
-#pragma GCC unroll 12
-    for (int r = 0; r < height; r++)
-        for (int v = 0; v < 2; v++) store_f32(to + r * stride + v * LANES, sums[r][v], LANES);
-}
-
-/* out (count, WIDE) = the columns of panels, WIDE of them in each, times one panel */
-ONCE void multiply_panels(const pair *panels, const pair *panel, long pairs, f32 *out, long stride, long count) {
-    for (long i = 0; i < count; i += WIDE, panels += pairs * WIDE) {
-        weights_tile(panels, panel, pairs, out + i * stride, stride, 12);
-        weights_tile(panels + 12, panel, pairs, out + (i + 12) * stride, stride, 12);
-        weights_tile(panels + 24, panel, pairs, out + (i + 24) * stride, stride, 8);
-    }
-}
-
-/* The first column of a thread's share. */
-INLINE long share(long columns, long thread, long team) { return columns / WIDE * thread / team * WIDE; }
-
-/* hidden (rows, 2 * width) = gate_up[e] x, out = down[e] (weight * swiglu of it). `activated` has room for most x width
-   twice, `panels` for each thread's. */
-void grouped_swiglu_bf16(const bf16 *tokens, const int64_t *ids, const f32 *weights, const f32 *gate_up,
-                         const f32 *down, const int64_t *ends, bf16 *hidden, bf16 *out, bf16 *activated, pair *panels,
-                         long panel_size, long experts, long most, long in, long width, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
-        const long first = share(width, thread, team), last = share(width, thread + 1, team);
-        pair *panel = panels + thread * panel_size;
-        for (long e = 0, start = 0; e < experts; start = ends[e++]) {
-            const long rows = ends[e] - start;
-            bf16 *act = activated + e % 2 * most * width, *h = hidden + start * 2 * width;
-            for (long part = 0; part <= width; part += width)
-                for (long j = part + first; j < part + last; j += WIDE) {
-                    pack_rows(gate_up + (e * 2 * width + j) * in, in, panel);
-                    multiply_panel(tokens, ids + start, in, panel, h + j, 2 * width, rows);
-                }
-            for (long row = 0; row < rows; row++) {
-                const bf16 *gate = h + row * 2 * width + first;
-                swiglu_row_bf16(gate, gate + width, weights[start + row], act + row * width + first, last - first);
-            }
-#pragma omp barrier
-            for (long j = share(in, thread, team); j < share(in, thread + 1, team); j += WIDE) {
-                pack_rows(down + (e * in + j) * width, width, panel);
-                multiply_panel(act, NULL, width, panel, out + start * in + j, in, rows);
-            }
-        }
-    }
-}
-
-/* `buffers` has room for two sets of an expert's: see the sizes below. grad_weights (threads, all rows) are each
-   thread's part. */
-void grouped_swiglu_backward_bf16(const bf16 *tokens, const int64_t *ids, const f32 *weights, const f32 *gate_up,
-                                  const f32 *down, const int64_t *ends, const bf16 *hidden, const bf16 *grad_out,
-                                  bf16 *grad_rows, f32 *grad_weights, f32 *grad_gate_up, f32 *grad_down, bf16 *buffers,
-                                  pair *panels, long panel_size, long experts, long most, long in, long width,
-                                  int threads) {
-    const long even = (most + 1) / 2 * 2, all = ends[experts - 1];
-#pragma omp parallel num_threads(threads)
-    {
-        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
-        const long first = share(width, thread, team), last = share(width, thread + 1, team);
-        const long first_in = share(in, thread, team), last_in = share(in, thread + 1, team);
-        pair *panel = panels + thread * panel_size;
-        for (long e = 0, start = 0; e < experts; start = ends[e++]) {
-            const long rows = ends[e] - start, pairs = (rows + 1) / 2;
-            const f32 *w_gate_up = gate_up + e * 2 * width * in, *w_down = down + e * in * width;
-            const bf16 *h = hidden + start * 2 * width, *grad = grad_out + start * in;
-            bf16 *act = buffers + e % 2 * even * (5 * width + in), *grad_h = act + even * width;
-            pair *packed_h = (pair *)(grad_h + even * 2 * width), *packed_grad = packed_h + even * width;
-            for (long j = first; j < last; j += WIDE) { /* gradients of the activations, which take their place */
-                pack_panel_f32(w_down + j, width, NULL, in, panel);
-                multiply_panel(grad, NULL, in, panel, act + j, width, rows);
-            }
-            for (long row = 0; row < rows; row++) {
-                const bf16 *gate = h + row * 2 * width + first;
-                bf16 *to = grad_h + row * 2 * width + first;
-                grad_weights[thread * all + start + row] = swiglu_row_backward_bf16(
-                    gate, gate + width, weights[start + row], act + row * width + first, to, to + width, last - first);
-            }
-            for (long part = 0; part <= width; part += width)
-                for (long j = part + first; j < part + last; j += WIDE)
-                    pack_panel_bf16(grad_h + j, 2 * width, NULL, rows, packed_h + j * pairs);
-            for (long j = first_in; j < last_in; j += WIDE)
-                pack_panel_bf16(grad + j, in, NULL, rows, packed_grad + j * pairs);
-#pragma omp barrier
-            for (long j = first; j < last; j += WIDE) {
-                pack_panel_bf16(act + j, width, NULL, rows, panel);
-                multiply_panels(packed_grad, panel, pairs, grad_down + e * in * width + j, width, in);
-            }
-            for (long j = first_in; j < last_in; j += WIDE) {
-                pack_panel_bf16(tokens + j, in, ids + start, rows, panel);
-                multiply_panels(packed_h, panel, pairs, grad_gate_up + e * 2 * width * in + j, in, 2 * width);
-                pack_panel_f32(w_gate_up + j, in, NULL, 2 * width, panel);
-                multiply_panel(grad_h, NULL, 2 * width, panel, grad_rows + start * in + j, in, rows);
-            }
-        }
     }
 }
 
@@ -432,22 +284,6 @@ INLINE f32 NAME(inverse_rms)(const T *x, long width, f32 eps) {
 INLINE void NAME(norm_row)(const f32 *x, const f32 *gains, T *y, f32 eps, long width) {
     const f32 inverse = inverse_rms_f32(x, width, eps);
     FOR_EACH_VECTOR(width, STORE(y + i, inverse * load_f32(x + i, n) * load_f32(gains + i, n), n););
-}
-
-#endif
-
-#ifndef ONLY_MATRICES
-
-/* WIDE columns of the rows x[ids[k]], or x[k], packed; an odd last row beside zeros */
-INLINE void NAME(pack_panel)(const T *x, long stride, const int64_t *ids, long rows, pair *panel) {
-    for (long k = 0; k < rows; k += 2)
-        for (long j = 0; j < WIDE; j += LANES) {
-            halves a, b = {0};
-            store_bf16((bf16 *)&a, LOAD(x + (ids ? ids[k] : k) * stride + j, LANES), LANES);
-            if (k + 1 < rows) store_bf16((bf16 *)&b, LOAD(x + (ids ? ids[k + 1] : k + 1) * stride + j, LANES), LANES);
-            const words pairs = __builtin_convertvector(a, words) | __builtin_convertvector(b, words) << 16;
-            memcpy(panel + k / 2 * WIDE + j, &pairs, sizeof pairs);
-        }
 }
 
 #endif
@@ -776,6 +612,215 @@ void NAME(attend)(const T *q, const T *keys, const T *values, const f32 *bias, f
                 for (long at = 0; at < length; at++) total += weights[at] * LOAD(v + at * d + i, n);
                 STORE(out + head * d + i, inverse * total, n);
             });
+        }
+    }
+}
+
+/* ---- experts of many tokens ----
+
+   Weights and their gradients are float32. An expert's rows are those from the end of the last one's to ends[e]; row r
+   is a copy of token ids[r]. Each thread makes its share of the columns, a panel of WIDE at a time, for which it packs
+   what the rows are multiplied with; an expert's steps wait for each other. */
+
+/* sums[r][v] += the sum over k of a[r][k * stride] . b[k * b_stride + v * LANES ...], `height` rows, `width` vectors */
+INLINE void NAME(add_tile)(vec sums[TALL][2], const word **a, long stride, const word *b, long b_stride, long count,
+                           const int height, const int width) {
+    for (long k = 0; k < count; k++) {
+        words right[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < width; v++) memcpy(&right[v], b + k * b_stride + v * LANES, sizeof right[v]);
+#pragma GCC unroll 12
+        for (int r = 0; r < height; r++) {
+            const words left = (words){0} + a[r][k * stride];
+#pragma GCC unroll 2
+            for (int v = 0; v < width; v++) sums[r][v] = NAME(add_products)(sums[r][v], left, right[v]);
+        }
+    }
+}
+
+/* WIDE columns of the rows x[ids[k]], or x[k], of numbers of `size` bytes; behind the last row are zeros */
+INLINE void NAME(pack_panel)(const void *x, long size, long stride, const int64_t *ids, long rows, word *panel) {
+    for (long k = 0; k < rows; k += PER_WORD, panel += WIDE)
+        for (long j = 0; j < WIDE; j += LANES) {
+            vec each[2] = {zero, zero};
+            for (long i = 0; i < PER_WORD && k + i < rows; i++) {
+                const void *from = x + ((ids ? ids[k + i] : k + i) * stride + j) * size;
+                each[i] = size == sizeof(f32) ? load_f32(from, LANES) : load_bf16(from, LANES);
+            }
+            const words packed = NAME(pack)(each[0], each[1]);
+            memcpy(panel + j, &packed, sizeof packed);
+        }
+}
+
+/* WIDE rows of w (out, in), as columns */
+ONCE void NAME(pack_rows)(const f32 *w, long in, word *panel) {
+    T block[WIDE][WIDE];
+    for (long k = 0; k < in; k += WIDE) {
+        for (long o = 0; o < WIDE; o++)
+            for (long i = 0; i < WIDE; i += LANES) STORE(block[o] + i, load_f32(w + o * in + k + i, LANES), LANES);
+        for (long i = 0; i < WIDE; i += PER_WORD, panel += WIDE)
+            for (long o = 0; o < WIDE; o++) memcpy(panel + o, block[o] + i, sizeof *panel);
+    }
+}
+
+/* to[r] = from[r] times the panel; `next` are the rows of the tile that follows, read ahead: they may lie anywhere */
+INLINE void NAME(rows_tile)(const word **from, const word **next, const word *panel, long count, T **to,
+                            const int height) {
+    vec sums[TALL][2] = {0};
+    for (long k = 0; k < count; k += LANES) {
+        const word *at[TALL];
+        for (int r = 0; r < height; r++) {
+            at[r] = from[r] + k;
+            __builtin_prefetch(next[r] + k, 0, 2); /* not into the first cache, which the panel is in */
+        }
+        NAME(add_tile)(sums, at, 1, panel + k * WIDE, WIDE, LANES, height, 2);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < height; r++)
+        for (int v = 0; v < 2; v++) STORE(to[r] + v * LANES, sums[r][v], LANES);
+}
+
+/* out[r] = x[ids[r]], or x[r], times the panel */
+ONCE void NAME(multiply_panel)(const T *x, const int64_t *ids, long in, const word *panel, T *out, long stride,
+                               long rows) {
+    for (long row = 0; row < rows; row += TALL) {
+        const word *from[TALL], *next[TALL];
+        T *to[TALL];
+        for (long r = 0; r < TALL; r++) { /* the last row more than once */
+            const long at = least(row + r, rows - 1), after = least(row + TALL + r, rows - 1);
+            from[r] = (const word *)(x + (ids ? ids[at] : at) * in);
+            next[r] = (const word *)(x + (ids ? ids[after] : after) * in);
+            to[r] = out + at * stride;
+        }
+        if (rows - row > 8)
+            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, TALL);
+        else if (rows - row > 4)
+            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, 8);
+        else
+            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, 4);
+    }
+}
+
+/* out = the columns from[k][0 to height] . those of the panel, or that more; `count` words each */
+INLINE void NAME(columns_tile)(const word *from, const word *panel, long count, int add, f32 *out, long stride,
+                               const int height) {
+    vec sums[TALL][2] = {0};
+    const word *columns[TALL];
+    for (int r = 0; r < height; r++) columns[r] = from + r;
+    if (add)
+        for (int r = 0; r < height; r++) fetch(out + r * stride, WIDE * sizeof *out);
+    NAME(add_tile)(sums, columns, WIDE, panel, WIDE, count, height, 2);
+#pragma GCC unroll 12
+    for (int r = 0; r < height; r++)
+        for (int v = 0; v < 2; v++) {
+            f32 *at = out + r * stride + v * LANES;
+            store_f32(at, add ? sums[r][v] + load_f32(at, LANES) : sums[r][v], LANES);
+        }
+}
+
+/* out[i][j], or what is added to it, = column i of `a` . column j of `b`, both packed, for all i and j from `first` to
+   `last`. Of `a` so much at a time that it stays in a core's cache. */
+ONCE void NAME(multiply_columns)(const word *a, long columns, const word *b, long first, long last, long count, int add,
+                                 f32 *out, long stride) {
+    const long some = 16 * WIDE;
+    for (long start = 0; start < columns; start += some)
+        for (long j = first; j < last; j += WIDE)
+            for (long i = start; i < columns && i < start + some; i += WIDE) {
+                const word *from = a + i * count, *panel = b + j * count;
+                f32 *to = out + i * stride + j;
+                NAME(columns_tile)(from, panel, count, add, to, stride, 12);
+                NAME(columns_tile)(from + 12, panel, count, add, to + 12 * stride, stride, 12);
+                NAME(columns_tile)(from + 24, panel, count, add, to + 24 * stride, stride, 8);
+            }
+}
+
+/* hidden (rows, 2 * width) = gate_up[e] x, out = down[e] (weight * swiglu of it). `activated` has room for the largest
+   expert's, `panels` for each thread's. */
+void NAME(grouped_swiglu)(const T *tokens, const int64_t *ids, const f32 *weights, const f32 *gate_up, const f32 *down,
+                          const int64_t *ends, T *hidden, T *out, T *activated, word *panels, long panel_size,
+                          long experts, long in, long width, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const long first = share(width, thread, team), last = share(width, thread + 1, team);
+        word *panel = panels + thread * panel_size;
+        for (long e = 0, start = 0; e < experts; start = ends[e++]) {
+            const long rows = ends[e] - start;
+            T *h = hidden + start * 2 * width;
+            for (long part = 0; part <= width; part += width)
+                for (long j = part + first; j < part + last; j += WIDE) {
+                    NAME(pack_rows)(gate_up + (e * 2 * width + j) * in, in, panel);
+                    NAME(multiply_panel)(tokens, ids + start, in, panel, h + j, 2 * width, rows);
+                }
+            for (long row = 0; row < rows; row++) {
+                const T *gate = h + row * 2 * width + first;
+                T *to = activated + row * width + first;
+                NAME(swiglu_row)(gate, gate + width, weights[start + row], to, last - first);
+            }
+#pragma omp barrier
+            for (long j = share(in, thread, team); j < share(in, thread + 1, team); j += WIDE) {
+                NAME(pack_rows)(down + (e * in + j) * width, width, panel);
+                NAME(multiply_panel)(activated, NULL, width, panel, out + start * in + j, in, rows);
+            }
+#pragma omp barrier
+        }
+    }
+}
+
+/* An expert's rows come in blocks of at most `most`, an even number, whose gradients of gate_up and down are added to
+   those of the blocks before. `buffers` are a block's: see the sizes below. grad_weights (threads, all rows) are each
+   thread's part. */
+void NAME(grouped_swiglu_backward)(const T *tokens, const int64_t *ids, const f32 *weights, const f32 *gate_up,
+                                   const f32 *down, const int64_t *ends, const T *hidden, const T *grad_out,
+                                   T *grad_rows, f32 *grad_weights, f32 *grad_gate_up, f32 *grad_down, T *buffers,
+                                   word *panels, long panel_size, long experts, long most, long in, long width,
+                                   int threads) {
+    const long all = ends[experts - 1];
+#pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const long first = share(width, thread, team), last = share(width, thread + 1, team);
+        const long first_in = share(in, thread, team), last_in = share(in, thread + 1, team);
+        word *panel = panels + thread * panel_size;
+        for (long e = 0, start = 0; e < experts;) {
+            const int add = start > (e ? ends[e - 1] : 0);
+            const long rows = least(ends[e] - start, most), count = (rows + PER_WORD - 1) / PER_WORD;
+            const f32 *w_gate_up = gate_up + e * 2 * width * in, *w_down = down + e * in * width;
+            const T *h = hidden + start * 2 * width, *grad = grad_out + start * in;
+            T *act = buffers, *grad_h = act + most * width;
+            word *packed_h = (word *)(grad_h + most * 2 * width), *packed_grad = packed_h + count * 2 * width;
+            word *packed_act = packed_grad + count * in, *packed_tokens = packed_act + count * width;
+            for (long j = first; j < last; j += WIDE) { /* gradients of the activations, which take their place */
+                NAME(pack_panel)(w_down + j, sizeof(f32), width, NULL, in, panel);
+                NAME(multiply_panel)(grad, NULL, in, panel, act + j, width, rows);
+            }
+            for (long row = 0; row < rows; row++) {
+                const T *gate = h + row * 2 * width + first;
+                T *to = grad_h + row * 2 * width + first;
+                grad_weights[thread * all + start + row] = NAME(swiglu_row_backward)(
+                    gate, gate + width, weights[start + row], act + row * width + first, to, to + width, last - first);
+            }
+            for (long j = first; j < last; j += WIDE) {
+                NAME(pack_panel)(grad_h + j, sizeof(T), 2 * width, NULL, rows, packed_h + j * count);
+                NAME(pack_panel)(grad_h + width + j, sizeof(T), 2 * width, NULL, rows, packed_h + (width + j) * count);
+                NAME(pack_panel)(act + j, sizeof(T), width, NULL, rows, packed_act + j * count);
+            }
+            for (long j = first_in; j < last_in; j += WIDE) {
+                NAME(pack_panel)(grad + j, sizeof(T), in, NULL, rows, packed_grad + j * count);
+                NAME(pack_panel)(tokens + j, sizeof(T), in, ids + start, rows, packed_tokens + j * count);
+            }
+#pragma omp barrier
+            NAME(multiply_columns)(packed_grad, in, packed_act, first, last, count, add, grad_down + e * in * width,
+                                   width);
+            NAME(multiply_columns)(packed_h, 2 * width, packed_tokens, first_in, last_in, count, add,
+                                   grad_gate_up + e * 2 * width * in, in);
+            for (long j = first_in; j < last_in; j += WIDE) {
+                NAME(pack_panel)(w_gate_up + j, sizeof(f32), in, NULL, 2 * width, panel);
+                NAME(multiply_panel)(grad_h, NULL, 2 * width, panel, grad_rows + start * in + j, in, rows);
+            }
+#pragma omp barrier
+            start += rows;
+            if (start == ends[e]) e++;
         }
     }
 }

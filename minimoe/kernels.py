@@ -28,6 +28,8 @@ from torch import Tensor
 SOURCE = Path(__file__).with_suffix(".c")
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
 _PANEL = 32  # columns, WIDE in kernels.c
+_WORD = 4  # bytes of it there: a number of float32, or two of bfloat16
+_BLOCK = 1024  # rows of an expert that backward works on at a time, so that a cache holds what it makes of them
 WORK_OF_A_THREAD = 2**14  # numbers to read, at least: waking another one takes about as long
 
 
@@ -88,7 +90,7 @@ _SIGNATURES = {
     "rms_norm_backward": "pppppfnn",
     "heads": "pppppppfnnnnn",
     "heads_backward": "pppppppppfnnnnn",
-    "grouped_swiglu": "ppppppppppnnnnn",
+    "grouped_swiglu": "ppppppppppnnnn",
     "grouped_swiglu_backward": "ppppppppppppppnnnnn",
     "newton_schulz": "pppnfffnnnn",
 }
@@ -347,41 +349,40 @@ def heads_backward(
 def multiplies_experts(tokens: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     """Whether `grouped_swiglu` can be had for these, and is faster than a library's products one after the other.
 
-    With AMX it is not, nor for large experts, whose matrices leave a core's cache. A thread needs a panel of columns.
+    It is where its tiles stay in registers, and where bfloat16 is multiplied in vectors: AMX's tiles are faster than
+    these. A thread needs a panel of columns.
     """
     in_panels = gate_up.shape[2] % _PANEL == 0 and down.shape[2] % _PANEL == 0
-    return (
-        tokens.dtype == torch.bfloat16
-        and in_panels
-        and _PANEL * torch.get_num_threads() <= down.shape[2] <= 1024
-        and made_for(tokens, float32=(gate_up, down))
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-    )
+    if not in_panels or down.shape[2] < _PANEL * torch.get_num_threads():
+        return False
+    if tokens.dtype == torch.bfloat16:
+        made_of_vectors = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    else:
+        made_of_vectors = torch.cpu._is_avx512_supported()
+    return made_of_vectors and made_for(tokens, float32=(gate_up, down))
 
 
 def grouped_swiglu(
     tokens: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """SwiGLU of rows sorted by expert, each times its weight, with products of bfloat16.
+    """SwiGLU of rows sorted by expert, each times its weight, with products of the tokens' number format.
 
     Args:
-        tokens: (T, D) bfloat16.
+        tokens: (T, D) float32 or bfloat16.
         ids: (N,) int64, the token of each row.
         weights: (N,) float32.
         gate_up, down: (E, 2I, D), gate first, and (E, D, I), float32.
         ends: (E,) int64, where each expert's rows end.
 
     Returns:
-        The pre-activations (N, 2I), for backward, and the results (N, D), bfloat16.
+        The pre-activations (N, 2I), for backward, and the results (N, D), in the tokens' format.
     """
     experts, inputs, width = down.shape
-    most = _largest_group(ends)
     hidden, out = tokens.new_empty(len(ids), 2 * width), tokens.new_empty(len(ids), inputs)
-    activated = tokens.new_empty(2, most, width)
+    activated = tokens.new_empty(_largest_group(ends), width)
     panels = tokens.new_empty(torch.get_num_threads(), max(inputs, width), _PANEL)
     operands = (tokens, ids, weights, gate_up, down, ends, hidden, out, activated, panels)
-    sizes = (panels[0].numel() // 2, experts, most, inputs, width)
+    sizes = (panels[0].nbytes // _WORD, experts, inputs, width)
     _run("grouped_swiglu", tokens.dtype, torch.get_num_threads(), *operands, *sizes)
     return hidden, out
 
@@ -396,21 +397,21 @@ def grouped_swiglu_backward(
     hidden: Tensor,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the rows (N, D) in bfloat16, and of weights, gate_up and down in float32.
+    """Gradients of the rows (N, D) in the tokens' format, and of weights, gate_up and down in float32.
 
     Args:
         hidden: (N, 2I), the pre-activations.
         grad: (N, D), of the results.
     """
-    (experts, inputs, width), most, threads = down.shape, _largest_group(ends), torch.get_num_threads()
-    even = most + most % 2
-    buffers = tokens.new_empty(2, even, 5 * width + inputs)
-    panels = tokens.new_empty(threads, max(inputs, 2 * width, even), _PANEL)
+    (experts, inputs, width), threads = down.shape, torch.get_num_threads()
+    most = min((_largest_group(ends) + 1) // 2 * 2, _BLOCK)
+    buffers = tokens.new_empty(most, 6 * width + 2 * inputs)
+    panels = tokens.new_empty(threads, max(inputs, 2 * width), _PANEL)
     grad_rows, grad_weights = torch.empty_like(grad), weights.new_zeros(threads, len(ids))
     grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
     operands = (tokens, ids, weights, gate_up, down, ends, hidden, grad)
     results = (grad_rows, grad_weights, grad_gate_up, grad_down)
-    sizes = (panels[0].numel() // 2, experts, most, inputs, width)
+    sizes = (panels[0].nbytes // _WORD, experts, most, inputs, width)
     _run("grouped_swiglu_backward", tokens.dtype, threads, *operands, *results, buffers, panels, *sizes)
     return grad_rows, grad_weights.sum(0), grad_gate_up, grad_down
 

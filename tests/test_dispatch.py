@@ -78,12 +78,14 @@ def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case
 
 
 @pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("k", [1, 2, NUM_EXPERTS])
 @pytest.mark.parametrize("case", ["spread", "idle", "one_token", "all_to_one"])
-def test_experts_in_one_call_equal_the_definition_in_values_and_gradients(case, k, threads, monkeypatch):
+def test_experts_in_one_call_equal_the_definition_in_values_and_gradients(case, k, threads, dtype, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(kernels, "multiplies_experts", lambda tokens, *_: tokens.dtype == torch.bfloat16)
+    monkeypatch.setattr(kernels, "multiplies_experts", lambda tokens, *_: tokens.dtype == dtype)
+    monkeypatch.setattr(kernels, "_BLOCK", 24)  # rows; some experts have more
     torch.manual_seed(k)
     expert_ids = route(case, 1 if case == "one_token" else 87, k)
     experts = Experts(NUM_EXPERTS, 96, 64)
@@ -92,43 +94,44 @@ def test_experts_in_one_call_equal_the_definition_in_values_and_gradients(case, 
     num_tokens = len(expert_ids)
     tokens, target = (torch.randn(num_tokens, 96).bfloat16().float() for _ in range(2))
 
-    def results(dispatch, dtype):
-        module = copy.deepcopy(experts).to(dtype)
+    def results(dispatch, exact):
+        module = copy.deepcopy(experts).to(torch.float64 if exact else torch.float32)
         torch.manual_seed(0)
-        weights = torch.rand(num_tokens, k).to(dtype).requires_grad_()
-        x = tokens.to(dtype, copy=True).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        weights = torch.rand(num_tokens, k).to(module.down_proj.dtype).requires_grad_()
+        x = tokens.to(module.down_proj.dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and not exact):
             output = dispatch(x, expert_ids, weights, module)
-        (output * target.to(dtype)).sum().backward()
+        (output * target.to(output.dtype)).sum().backward()
         return output, x.grad, weights.grad, *(parameter.grad for parameter in module.parameters())
 
     called = []
     real = kernels.grouped_swiglu_backward
     monkeypatch.setattr(kernels, "grouped_swiglu_backward", lambda *args: called.append(1) or real(*args))
     names = ("output", "tokens", "weights", "gate_up", "down")
-    for name, result, expected in zip(
-        names, results(DISPATCHES["replicated"], torch.float32), results(by_hand, torch.float64), strict=True
-    ):
+    pairs = zip(results(DISPATCHES["replicated"], False), results(by_hand, True), strict=True)
+    for name, (result, expected) in zip(names, pairs, strict=True):
         assert result.dtype == torch.float32
-        tolerance = TOLERANCE[torch.bfloat16] * (2 if name == "weights" else 1)  # as above
+        tolerance = TOLERANCE[dtype] * (2 if name == "weights" else 1)  # as above
         assert relative_error(result, expected) <= tolerance, name
     assert called
 
 
 def test_a_librarys_products_are_used_where_they_are_faster(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    in_bf16 = kernels.why_not() is None and torch.cpu._is_avx512_bf16_supported()
+    in_vectors = {
+        torch.float32: torch.cpu._is_avx512_supported(),
+        torch.bfloat16: torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported(),
+    }
+    for dtype, supported in in_vectors.items():
 
-    def asked(hidden, width, dtype=torch.bfloat16):
-        experts = Experts(2, hidden, width)
-        return kernels.multiplies_experts(torch.zeros(3, hidden, dtype=dtype), *experts.parameters())
+        def asked(hidden, width, dtype=dtype):
+            experts = Experts(2, hidden, width)
+            return kernels.multiplies_experts(torch.zeros(3, hidden, dtype=dtype), *experts.parameters())
 
-    assert asked(64, 128) == (in_bf16 and not torch.cpu._is_amx_tile_supported())
-    assert not asked(64, 128, torch.float32)
-    assert not asked(64, 96)  # fewer panels than threads
-    assert not asked(48, 128)
-    assert not asked(64, 144)
-    assert not asked(64, 1056)
+        assert asked(64, 128) == (supported and kernels.why_not() is None)
+        assert not asked(64, 96)  # fewer panels than threads
+        assert not asked(48, 128)
+        assert not asked(64, 144)
 
 
 @pytest.mark.parametrize("rows", [1, 10, 74])

@@ -189,9 +189,10 @@ gate_up, down, ends = torch.randn(4, 128, 96), torch.randn(4, 96, 64), torch.ten
 matrices = kernels.Matrices(gate_up, None), kernels.Matrices(down, None)
 
 def results():
-    hidden, out = kernels.grouped_swiglu(x.bfloat16(), ids, weights, gate_up, down, ends)
-    operands = (x.bfloat16(), ids, weights, gate_up, down, ends, hidden)
-    yield from (hidden, out, *kernels.grouped_swiglu_backward(*operands, out))
+    for tokens in (x, x.bfloat16()):
+        hidden, out = kernels.grouped_swiglu(tokens, ids, weights, gate_up, down, ends)
+        operands = (tokens, ids, weights, gate_up, down, ends, hidden)
+        yield from (hidden, out, *kernels.grouped_swiglu_backward(*operands, out))
     yield kernels.products(matrices[0], x, ids)
     yield kernels.experts(*matrices, x, ids[:, None], weights[:, None], torch.zeros(9, 96))
     yield kernels.newton_schulz(down.bfloat16(), (3.0, -4.0, 2.0), 2)
