@@ -654,13 +654,13 @@ INLINE void NAME(pack_panel)(const void *x, long size, long stride, const int64_
 
 /* WIDE rows of w (out, in), as columns */
 ONCE void NAME(pack_rows)(const f32 *w, long in, word *panel) {
-    T block[WIDE][WIDE];
-    for (long k = 0; k < in; k += WIDE) {
-        for (long o = 0; o < WIDE; o++)
-            for (long i = 0; i < WIDE; i += LANES) STORE(block[o] + i, load_f32(w + o * in + k + i, LANES), LANES);
-        for (long i = 0; i < WIDE; i += PER_WORD, panel += WIDE)
-            for (long o = 0; o < WIDE; o++) memcpy(panel + o, block[o] + i, sizeof *panel);
-    }
+    for (long o = 0; o < WIDE; o++)
+        for (long k = 0; k < in; k += WIDE) {
+            T row[WIDE];
+            for (long i = 0; i < WIDE; i += LANES) STORE(row + i, load_f32(w + o * in + k + i, LANES), LANES);
+            for (long i = 0; i < WIDE; i += PER_WORD)
+                memcpy(panel + (k + i) / PER_WORD * WIDE + o, row + i, sizeof *panel);
+        }
 }
 
 /* to[r] = from[r] times the panel; `next` are the rows of the tile that follows, read ahead: they may lie anywhere */
