@@ -1,7 +1,7 @@
 """Kernels in C (`kernels.c`) for what a CPU does much faster in one pass than in several of torch's calls.
 
 They are compiled when one is first needed, by the machine's C compiler (`CC`, else `cc`) and for exactly this CPU, and
-kept in the user's cache folder; that takes two seconds. They share torch's threads. Without a compiler, and for what
+kept in the user's cache folder; that takes three seconds. They share torch's threads. Without a compiler, and for what
 they are not made for (other devices and number formats, a model under `torch.compile`), torch computes the same.
 """
 
@@ -64,7 +64,7 @@ def _library() -> ctypes.CDLL | str:
             return f"{name} cannot compile them: {lines[0] if lines else f'exit status {error.returncode}'}"
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{name} cannot compile them: {error}"
-        with suppress(OSError):  # a cache that cannot be written to costs two seconds each time
+        with suppress(OSError):  # a cache that cannot be written to costs three seconds each time
             folder.mkdir(parents=True, exist_ok=True)
             copy = shutil.copy(compiled, folder / f"{kept.name}.{os.getpid()}")
             Path(copy).replace(kept)  # whole or not at all, whoever else compiles now
