@@ -616,12 +616,6 @@ void NAME(attend)(const T *q, const T *keys, const T *values, const f32 *bias, f
     }
 }
 
-/* ---- experts of many tokens ----
-
-   Weights and their gradients are float32. An expert's rows are those from the end of the last one's to ends[e]; row r
-   is a copy of token ids[r]. Each thread makes its share of the columns, a panel of WIDE at a time, for which it packs
-   what the rows are multiplied with; an expert's steps wait for each other. */
-
 /* sums[r][v] += the sum over k of a[r][k * stride] . b[k * b_stride + v * LANES ...], `height` rows, `width` vectors */
 INLINE void NAME(add_tile)(vec sums[TALL][2], const word **a, long stride, const word *b, long b_stride, long count,
                            const int height, const int width) {
@@ -637,6 +631,12 @@ INLINE void NAME(add_tile)(vec sums[TALL][2], const word **a, long stride, const
         }
     }
 }
+
+/* ---- experts of many tokens ----
+
+   Weights and their gradients are float32. An expert's rows are those from the end of the last one's to ends[e]; row r
+   is a copy of token ids[r]. Each thread makes its share of the columns, a panel of WIDE at a time, for which it packs
+   what the rows are multiplied with; an expert's steps wait for each other. */
 
 /* WIDE columns of the rows x[ids[k]], or x[k], of numbers of `size` bytes; behind the last row are zeros */
 INLINE void NAME(pack_panel)(const void *x, long size, long stride, const int64_t *ids, long rows, word *panel) {
