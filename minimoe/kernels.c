@@ -188,10 +188,8 @@ ONCE void pack(const bf16 *x, word *packed, long rows, long n, int lower) {
         word *to = packed + row / 2 * n;
         const long square_end = (row / WIDE + 1) * WIDE, known = lower && square_end < n ? square_end : n;
         for (long j = 0; j < known; j += LANES) {
-            halves a, b;
-            memcpy(&a, x + row * n + j, sizeof a);
-            memcpy(&b, x + (row + 1) * n + j, sizeof b);
-            const words pairs = __builtin_convertvector(a, words) | __builtin_convertvector(b, words) << 16;
+            const bf16 *upper = x + row * n + j;
+            const words pairs = pack_bf16(load_bf16(upper, LANES), load_bf16(upper + n, LANES));
             memcpy(to + j, &pairs, sizeof pairs);
         }
         for (long j = known; j < n; j++) memcpy(to + j, x + j * n + row, sizeof *to); /* its mirror image */

@@ -353,13 +353,12 @@ def multiplies_experts(tokens: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     these. A thread needs a panel of columns.
     """
     in_panels = gate_up.shape[2] % _PANEL == 0 and down.shape[2] % _PANEL == 0
-    if not in_panels or down.shape[2] < _PANEL * torch.get_num_threads():
+    enough = down.shape[2] >= _PANEL * torch.get_num_threads()
+    if not (in_panels and enough and made_for(tokens, float32=(gate_up, down))):
         return False
     if tokens.dtype == torch.bfloat16:
-        made_of_vectors = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    else:
-        made_of_vectors = torch.cpu._is_avx512_supported()
-    return made_of_vectors and made_for(tokens, float32=(gate_up, down))
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_supported()
 
 
 def grouped_swiglu(
