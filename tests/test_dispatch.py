@@ -116,6 +116,18 @@ def test_experts_in_one_call_equal_the_definition_in_values_and_gradients(case, 
     assert called
 
 
+def test_weights_of_another_number_format_are_not_read_as_float32(monkeypatch):
+    monkeypatch.setattr(kernels, "multiplies_experts", lambda *_: True)
+    torch.manual_seed(0)
+    experts, expert_ids = Experts(NUM_EXPERTS, 96, 64), route("spread", 37, 2)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens, weights = torch.randn(37, 96), torch.rand(37, 2, dtype=torch.float64)
+    result = DISPATCHES["replicated"](tokens, expert_ids, weights, experts)
+    expected = DISPATCHES["grouped"](tokens, expert_ids, weights, experts)
+    assert relative_error(result, expected) <= TOLERANCE[torch.float32]
+
+
 def test_a_librarys_products_are_used_where_they_are_faster(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     in_vectors = {

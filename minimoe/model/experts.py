@@ -50,7 +50,7 @@ class Experts(nn.Module):
             gate_up, down = to_compute_dtype(self.gate_up_proj, self.down_proj)
             rows, row_weights = replicate_rows(tokens, order, weights.shape[1]), weights.flatten().gather(0, order)
             return grouped_mm_swiglu(rows, gate_up, down, row_weights, ends)
-        if kernels.multiplies_experts(tokens, self.gate_up_proj, self.down_proj):
+        if weights.dtype == torch.float32 and kernels.multiplies_experts(tokens, self.gate_up_proj, self.down_proj):
             return _SwiGLUInC.apply(tokens, order, weights, self.gate_up_proj, self.down_proj, ends)
         return _GroupedSwiGLU.apply(tokens, order, weights, self.gate_up_proj, self.down_proj, ends.tolist())
 
