@@ -82,6 +82,6 @@ def test_a_static_cache_of_transformers_is_longer_than_the_prompt():
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True}
     with torch.no_grad():
         expected = model(**inputs).logits
-        logits = model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=24)).logits
+        logits = model(**inputs, cache=StaticCache(model.config, max_cache_len=24)).logits
     assert relative_error(logits[1], expected[1]) < 1e-6
     assert relative_error(logits[0, 4:], expected[0, 4:]) < 1e-6

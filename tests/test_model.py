@@ -159,14 +159,16 @@ def test_generate_with_cache_equals_full_forwards(attention):
     assert torch.equal(generated, expected)
 
 
-def test_decoding_step_by_step_gives_the_logits_of_the_full_forward():
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+def test_decoding_step_by_step_gives_the_logits_of_the_full_forward(name):
     model = tiny_model().eval()
     input_ids = torch.randint(1, 97, (2, 12))
     full = model(input_ids, use_cache=False).logits
     outputs = model(input_ids[:, :5], use_cache=True)
     torch.testing.assert_close(outputs.logits, full[:, :5], **CLOSE)
     for position in range(5, 12):
-        outputs = model(input_ids[:, position : position + 1], past_key_values=outputs.past_key_values, use_cache=True)
+        outputs = model(input_ids[:, position : position + 1], **{name: outputs.cache}, use_cache=True)
         torch.testing.assert_close(outputs.logits[:, 0], full[:, position], **CLOSE)
 
 

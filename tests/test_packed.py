@@ -86,7 +86,7 @@ def steps_of_both(
         now = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
         seen = None if mask is None else mask[:, :end]
         with torch.inference_mode():
-            expected = model(**now, attention_mask=seen, past_key_values=caches[0], use_cache=True).logits[:, -1]
+            expected = model(**now, attention_mask=seen, cache=caches[0], use_cache=True).logits[:, -1]
         results.append((copied(**now, cache=caches[1], mask=seen), expected))
         start = end
     return results

@@ -95,7 +95,7 @@ class DecodeBatch:
             attention_mask=mask,
             # Without padding they are the model's own, and it need not look for documents in them.
             position_ids=None if mask is None else positions,
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

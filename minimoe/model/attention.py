@@ -58,7 +58,7 @@ class MiniMoeAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         documents: DocumentLengths | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, S, D) -> output (B, S, D) and, with eager attention, the probabilities (B, H, S, S).
@@ -67,10 +67,10 @@ class MiniMoeAttention(nn.Module):
             position_embeddings: cos and sin, (B, S, d) each.
             attention_mask: 4-D mask of transformers, or None for plain causal.
             documents: lengths of packed documents; replaces the mask and needs an empty cache.
-            past_key_values: keys and values of earlier positions; updated in place.
+            cache: keys and values of earlier positions; updated in place.
         """
         batch, sequence, _ = x.shape
-        if self._blocks_pay(x, attention_mask, past_key_values):
+        if self._blocks_pay(x, attention_mask, cache):
             return self.o_proj(self._attend_in_blocks(x, position_embeddings, documents)), None
         heads = (batch, sequence, -1, self.head_dim)
         q = norm_and_rotate(self.q_proj(x).view(heads), self.q_norm, *position_embeddings)
@@ -79,7 +79,7 @@ class MiniMoeAttention(nn.Module):
         # A CPU attends no faster in bf16, and its backward is slower: under autocast attention stays in float32.
         dtype = torch.float32 if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else v.dtype
         q, k, v = (y.to(dtype).transpose(1, 2) for y in (q, k, v))  # (B, heads, S, d)
-        keys, values = (k, v) if past_key_values is None else past_key_values.update(k, v, self.layer_idx)
+        keys, values = (k, v) if cache is None else cache.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):
             if documents is not None:
@@ -93,7 +93,7 @@ class MiniMoeAttention(nn.Module):
                 )  # (B, S, H, d)
         return self.o_proj(out.reshape(batch, sequence, -1)), probabilities
 
-    def _blocks_pay(self, x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> bool:
+    def _blocks_pay(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> bool:
         """Whether `causal_attention` can and should be used: it is made for training with oneDNN's products.
 
         Measured on 2 cores, forward and backward of the whole block beside torch's kernel, which computes in float32:
@@ -104,7 +104,7 @@ class MiniMoeAttention(nn.Module):
             x.device.type == "cpu"
             and torch.is_grad_enabled()
             and attention_mask is None
-            and past_key_values is None
+            and cache is None
             and onednn_multiplies(x.device, compute_dtype(x.device, x.dtype))
             and self.q_norm.weight.dtype == torch.float32  # in which it norms and rotates
             and is_plain(self.q_norm, MiniMoeRMSNorm)

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import (
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -45,6 +46,9 @@ from minimoe.model.norm import MiniMoeRMSNorm
 from minimoe.model.precision import compute_dtype
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import RouterOutput, TopKRouter
+
+# As in transformers' own models: what a caller gives as `past_key_values` must not get lost among the other arguments.
+_cache_by_its_old_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 
 
 class MiniMoeDecoderLayer(GradientCheckpointingLayer):
@@ -75,7 +79,7 @@ class MiniMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["MiniMoeDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -127,12 +131,13 @@ class MiniMoeModel(MiniMoePreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @_cache_by_its_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -147,10 +152,10 @@ class MiniMoeModel(MiniMoePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        mask, documents = self._masks(x, attention_mask, position_ids, past_key_values, past_length)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        mask, documents = self._masks(x, attention_mask, position_ids, cache, past_length)
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + past_length
         position_embeddings = self.rotary_emb(x, position_ids)
@@ -161,21 +166,19 @@ class MiniMoeModel(MiniMoePreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 documents=documents,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
             if routing is not None:
                 routings.append(routing)
-        return MiniMoeModelOutput(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values, routings=tuple(routings)
-        )
+        return MiniMoeModelOutput(last_hidden_state=self.norm(x), cache=cache, routings=tuple(routings))
 
     def _masks(
         self,
         x: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         past_length: int | Tensor,
     ) -> tuple[Tensor | None, DocumentLengths | None]:
         """How attention is masked: a 4-D mask, or document lengths, or neither (plain causal)."""
@@ -199,7 +202,7 @@ class MiniMoeModel(MiniMoePreTrainedModel):
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=None,
             and_mask_function=None if block_ids is None else _same_document(block_ids),
         )
@@ -248,12 +251,13 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @_cache_by_its_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -281,14 +285,14 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, S, D)
         result = MiniMoeCausalLMOutput(
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
