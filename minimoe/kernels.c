@@ -7,7 +7,7 @@
 
 #ifndef T
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -49,6 +49,14 @@ static const vec zero = {0};
 
 /* ---- n <= LANES numbers from and to memory ---- */
 
+INLINE words widen(halves x) {
+#ifdef __AVX512F__ /* one instruction, for which gcc takes five */
+    return (words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, words);
+#endif
+}
+
 INLINE vec load_f32(const f32 *from, long n) {
     vec x = {0};
     memcpy(&x, from, n * sizeof *from);
@@ -58,7 +66,7 @@ INLINE vec load_f32(const f32 *from, long n) {
 INLINE vec load_bf16(const bf16 *from, long n) {
     halves x = {0};
     memcpy(&x, from, n * sizeof *from);
-    return (vec)(__builtin_convertvector(x, words) << 16);
+    return (vec)(widen(x) << 16);
 }
 
 INLINE vec load_i8(const i8 *from, long n) {
@@ -153,7 +161,7 @@ INLINE words pack_bf16(vec a, vec b) {
     halves low, high;
     store_bf16((bf16 *)&low, a, LANES);
     store_bf16((bf16 *)&high, b, LANES);
-    return __builtin_convertvector(low, words) | __builtin_convertvector(high, words) << 16;
+    return widen(low) | widen(high) << 16;
 }
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
@@ -459,13 +467,17 @@ void NAME(gather_rows)(const T *from, const int64_t *ids, T *out, long rows, lon
 /* out[t] = the sum over s of rows[places[t][s]], rounded once */
 void NAME(sum_slots)(const T *rows, const int64_t *places, T *out, long tokens, long slots, long width, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long token = 0; token < tokens; token++)
+    for (long token = 0; token < tokens; token++) {
+        if (token + 1 < tokens)
+            for (long slot = (token + 1) * slots; slot < (token + 2) * slots; slot++)
+                fetch(rows + places[slot] * width, width * sizeof *rows);
         FOR_EACH_VECTOR(width, {
             vec total = zero;
             for (long slot = token * slots; slot < (token + 1) * slots; slot++)
                 total += LOAD(rows + places[slot] * width + i, n);
             STORE(out + token * width + i, total, n);
         });
+    }
 }
 
 /* ---- RMS norm, from float32 to T ---- */
@@ -638,16 +650,27 @@ INLINE void NAME(add_tile)(vec sums[TALL][2], const word **a, long stride, const
 
 /* WIDE columns of the rows x[ids[k]], or x[k], of numbers of `size` bytes; behind the last row are zeros */
 INLINE void NAME(pack_panel)(const void *x, long size, long stride, const int64_t *ids, long rows, word *panel) {
-    for (long k = 0; k < rows; k += PER_WORD, panel += WIDE)
+    const long ahead = 4 * AHEAD; /* rows of which little is read are soon done */
+    for (long k = 0; k < rows; k += PER_WORD, panel += WIDE) {
+        const void *from[2] = {NULL, NULL};
+        for (long i = k; i < k + PER_WORD && i < rows; i++) {
+            from[i - k] = x + (ids ? ids[i] : i) * stride * size;
+            if (i + ahead < rows) fetch(x + (ids ? ids[i + ahead] : i + ahead) * stride * size, WIDE * size);
+        }
         for (long j = 0; j < WIDE; j += LANES) {
-            vec each[2] = {zero, zero};
-            for (long i = 0; i < PER_WORD && k + i < rows; i++) {
-                const void *from = x + ((ids ? ids[k + i] : k + i) * stride + j) * size;
-                each[i] = size == sizeof(f32) ? load_f32(from, LANES) : load_bf16(from, LANES);
+            words packed;
+            if (size == sizeof(f32)) {
+                const vec second = from[1] ? load_f32((const f32 *)from[1] + j, LANES) : zero;
+                packed = NAME(pack)(load_f32((const f32 *)from[0] + j, LANES), second);
+            } else { /* as they are */
+                halves first, second = {0};
+                memcpy(&first, (const bf16 *)from[0] + j, sizeof first);
+                if (from[1]) memcpy(&second, (const bf16 *)from[1] + j, sizeof second);
+                packed = widen(first) | widen(second) << 16;
             }
-            const words packed = NAME(pack)(each[0], each[1]);
             memcpy(panel + j, &packed, sizeof packed);
         }
+    }
 }
 
 /* WIDE rows of w (out, in), as columns */
@@ -795,6 +818,9 @@ void NAME(grouped_swiglu_backward)(const T *tokens, const int64_t *ids, const f3
             for (long row = 0; row < rows; row++) {
                 const T *gate = h + row * 2 * width + first;
                 T *to = grad_h + row * 2 * width + first;
+                if (row + AHEAD < rows)
+                    for (long part = 0; part <= width; part += width)
+                        fetch(gate + AHEAD * 2 * width + part, (last - first) * sizeof *gate);
                 grad_weights[thread * all + start + row] = NAME(swiglu_row_backward)(
                     gate, gate + width, weights[start + row], act + row * width + first, to, to + width, last - first);
             }
