@@ -164,6 +164,20 @@ INLINE words pack_bf16(vec a, vec b) {
     return widen(low) | widen(high) << 16;
 }
 
+/* WIDE numbers here, WIDE after `stride`, and so on: a panel's, as they lie among the weights */
+typedef struct {
+    const f32 *at;
+    long stride, at_once;
+} slices;
+
+/* Have some of them read into a cache of this core, but not into the first, which the panel in use is in. */
+INLINE void fetch_some(slices *of) {
+    for (long i = 0; i < of->at_once; i++, of->at += of->stride) {
+        __builtin_prefetch(of->at, 0, 2);
+        __builtin_prefetch(of->at + LANES, 0, 2);
+    }
+}
+
 INLINE long least(long a, long b) { return a < b ? a : b; }
 
 /* The first column of a thread's share. */
@@ -685,10 +699,11 @@ ONCE void NAME(pack_rows)(const f32 *w, long in, word *panel) {
 }
 
 /* to[r] = from[r] times the panel; `next` are the rows of the tile that follows, read ahead: they may lie anywhere */
-INLINE void NAME(rows_tile)(const word **from, const word **next, const word *panel, long count, T **to,
+INLINE void NAME(rows_tile)(const word **from, const word **next, const word *panel, long count, T **to, slices *ahead,
                             const int height) {
     vec sums[TALL][2] = {0};
     for (long k = 0; k < count; k += LANES) {
+        fetch_some(ahead);
         const word *at[TALL];
         for (int r = 0; r < height; r++) {
             at[r] = from[r] + k;
@@ -701,9 +716,11 @@ INLINE void NAME(rows_tile)(const word **from, const word **next, const word *pa
         for (int v = 0; v < 2; v++) STORE(to[r] + v * LANES, sums[r][v], LANES);
 }
 
-/* out[r] = x[ids[r]], or x[r], times the panel */
+/* out[r] = x[ids[r]], or x[r], times the panel; `ahead` are the weights of the panel that follows */
 ONCE void NAME(multiply_panel)(const T *x, const int64_t *ids, long in, const word *panel, T *out, long stride,
-                               long rows) {
+                               long rows, slices ahead) {
+    const long steps = (rows + TALL - 1) / TALL * (in / PER_WORD / LANES);
+    ahead.at_once = steps ? (in + steps - 1) / steps : 0;
     for (long row = 0; row < rows; row += TALL) {
         const word *from[TALL], *next[TALL];
         T *to[TALL];
@@ -714,11 +731,11 @@ ONCE void NAME(multiply_panel)(const T *x, const int64_t *ids, long in, const wo
             to[r] = out + at * stride;
         }
         if (rows - row > 8)
-            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, TALL);
+            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, &ahead, TALL);
         else if (rows - row > 4)
-            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, 8);
+            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, &ahead, 8);
         else
-            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, 4);
+            NAME(rows_tile)(from, next, panel, in / PER_WORD, to, &ahead, 4);
     }
 }
 
@@ -770,8 +787,10 @@ void NAME(grouped_swiglu)(const T *tokens, const int64_t *ids, const f32 *weight
             T *h = hidden + start * 2 * width;
             for (long part = 0; part <= width; part += width)
                 for (long j = part + first; j < part + last; j += WIDE) {
-                    NAME(pack_rows)(gate_up + (e * 2 * width + j) * in, in, panel);
-                    NAME(multiply_panel)(tokens, ids + start, in, panel, h + j, 2 * width, rows);
+                    const f32 *w = gate_up + (e * 2 * width + j) * in;
+                    NAME(pack_rows)(w, in, panel);
+                    NAME(multiply_panel)(tokens, ids + start, in, panel, h + j, 2 * width, rows,
+                                         (slices){w + WIDE * in, WIDE});
                 }
             for (long row = 0; row < rows; row++) {
                 const T *gate = h + row * 2 * width + first;
@@ -780,8 +799,10 @@ void NAME(grouped_swiglu)(const T *tokens, const int64_t *ids, const f32 *weight
             }
 #pragma omp barrier
             for (long j = share(in, thread, team); j < share(in, thread + 1, team); j += WIDE) {
-                NAME(pack_rows)(down + (e * in + j) * width, width, panel);
-                NAME(multiply_panel)(activated, NULL, width, panel, out + start * in + j, in, rows);
+                const f32 *w = down + (e * in + j) * width;
+                NAME(pack_rows)(w, width, panel);
+                NAME(multiply_panel)(activated, NULL, width, panel, out + start * in + j, in, rows,
+                                     (slices){w + WIDE * width, WIDE});
             }
 #pragma omp barrier
         }
@@ -813,7 +834,7 @@ void NAME(grouped_swiglu_backward)(const T *tokens, const int64_t *ids, const f3
             word *packed_act = packed_grad + count * in, *packed_tokens = packed_act + count * width;
             for (long j = first; j < last; j += WIDE) { /* gradients of the activations, which take their place */
                 NAME(pack_panel)(w_down + j, sizeof(f32), width, NULL, in, panel);
-                NAME(multiply_panel)(grad, NULL, in, panel, act + j, width, rows);
+                NAME(multiply_panel)(grad, NULL, in, panel, act + j, width, rows, (slices){w_down + j + WIDE, width});
             }
             for (long row = 0; row < rows; row++) {
                 const T *gate = h + row * 2 * width + first;
@@ -840,7 +861,8 @@ void NAME(grouped_swiglu_backward)(const T *tokens, const int64_t *ids, const f3
                                    grad_gate_up + e * 2 * width * in, in);
             for (long j = first_in; j < last_in; j += WIDE) {
                 NAME(pack_panel)(w_gate_up + j, sizeof(f32), in, NULL, 2 * width, panel);
-                NAME(multiply_panel)(grad_h, NULL, 2 * width, panel, grad_rows + start * in + j, in, rows);
+                NAME(multiply_panel)(grad_h, NULL, 2 * width, panel, grad_rows + start * in + j, in, rows,
+                                     (slices){w_gate_up + j + WIDE, in});
             }
 #pragma omp barrier
             start += rows;
