@@ -662,7 +662,7 @@ INLINE void NAME(add_tile)(vec sums[TALL][2], const word **a, long stride, const
    is a copy of token ids[r]. Each thread makes its share of the columns, a panel of WIDE at a time, for which it packs
    what the rows are multiplied with; an expert's steps wait for each other. */
 
-/* WIDE columns of the rows x[ids[k]], or x[k], of numbers of `size` bytes; behind the last row are zeros */
+/* WIDE columns of the rows x[ids[k]], or x[k], of float32 or T by the `size` of a number; zeros behind the last row */
 INLINE void NAME(pack_panel)(const void *x, long size, long stride, const int64_t *ids, long rows, word *panel) {
     const long ahead = 4 * AHEAD; /* rows of which little is read are soon done */
     for (long k = 0; k < rows; k += PER_WORD, panel += WIDE) {

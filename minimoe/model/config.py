@@ -56,7 +56,6 @@ class MiniMoeConfig(PreTrainedConfig):
     """
 
     model_type = "minimoe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "num_experts",
         "n_routed_experts": "num_experts",

@@ -79,7 +79,6 @@ class MiniMoePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["MiniMoeDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["cache"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
     _supports_sdpa = True
     _supports_flash_attn = True
