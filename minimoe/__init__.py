@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or Path(sys.argv[0]).stem != "minimoe":
     from minimoe.model.config import MiniMoeConfig
-    from minimoe.model.decoder import MiniMoeForCausalLM, MiniMoeModel
+    from minimoe.model.language_model import MiniMoeForCausalLM, MiniMoeModel
 
 __version__ = "0.1.0"
 __all__ = ["MiniMoeConfig", "MiniMoeForCausalLM", "MiniMoeModel", "__version__"]
@@ -21,5 +21,5 @@ __all__ = ["MiniMoeConfig", "MiniMoeForCausalLM", "MiniMoeModel", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in ("MiniMoeConfig", "MiniMoeForCausalLM", "MiniMoeModel"):
-        return getattr(importlib.import_module("minimoe.model.decoder"), name)
+        return getattr(importlib.import_module("minimoe.model.language_model"), name)
     raise AttributeError(f"module 'minimoe' has no attribute {name!r}")

@@ -96,7 +96,7 @@ def evaluate_source(
     from minimoe.config import DataConfig, SourceConfig
     from minimoe.data.loader import open_validation
     from minimoe.loading import load_model
-    from minimoe.model.decoder import MiniMoeForCausalLM
+    from minimoe.model.language_model import MiniMoeForCausalLM
 
     model, tokenizer = load_model(model_dir, device=device, dtype=torch.float32)
     if not isinstance(model, MiniMoeForCausalLM):

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-import minimoe.model.decoder  # noqa: F401  (registers our architecture with AutoModelForCausalLM)
+import minimoe.model.language_model  # noqa: F401  (registers our architecture with AutoModelForCausalLM)
 from minimoe.errors import UserError
 from minimoe.folder import check_folder, read_object
 from minimoe.model.config import MAX_LAYERS, architecture_problems, num_parameters

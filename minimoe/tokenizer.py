@@ -110,7 +110,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`")
     if (folder / "config.json").exists():
         # A model's folder: AutoTokenizer warns about an architecture that is not registered.
-        importlib.import_module("minimoe.model.decoder")
+        importlib.import_module("minimoe.model.language_model")
     if local and not folder.is_dir():
         raise UserError(f"tokenizer folder is a file: {name}", mend="give the folder that holds tokenizer.json")
     if local:

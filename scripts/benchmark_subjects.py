@@ -33,7 +33,7 @@ from minimoe.generation.engine import Engine
 from minimoe.generation.packed import PackedModel
 from minimoe.model.attention import MiniMoeAttention, document_lengths
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.precision import float32_by_onednn
 from minimoe.model.rotary import MiniMoeRotaryEmbedding

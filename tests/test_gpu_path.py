@@ -13,7 +13,7 @@ from transformers.cache_utils import StaticCache
 
 from minimoe.model import decoder, experts, precision
 from minimoe.model.attention import document_lengths
-from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.language_model import MiniMoeForCausalLM
 
 BATCHES = {
     "plain": (),

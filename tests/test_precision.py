@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import relative_error, tiny_config
 
-from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.model.precision import few_sizes, float32_by_onednn, onednn_multiplies
 from minimoe.train import pretrain
 

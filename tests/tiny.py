@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.language_model import MiniMoeForCausalLM
 
 
 def tiny_config(**overrides: Any) -> MiniMoeConfig:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
 from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
-from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.language_model import MiniMoeForCausalLM
 
 
 def why_not_compiled(model: Any) -> str | None:

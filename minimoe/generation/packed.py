@@ -1,16 +1,16 @@
 """The model laid out for generating on a CPU: the same function as its forward, several times as fast.
 
-Decoding reads all active weights for a row or a few, so it can be as fast as memory is read. `F.linear` on so few
-rows reaches a third of that speed or less. What comes near it:
+Decoding reads all active weights for a row or a few, so it can be as fast as memory is read; `F.linear` on so few rows
+reaches a third of that speed or less. Here
 
-- few rows go through `kernels.products`, which reads the model's own weights, each matrix once for all its rows,
-- many go through weights that oneDNN has packed once into the blocks its kernels read.
+- few rows read the model's own weights, each matrix once for all its rows, if there is a compiled form,
+- many go through copies that oneDNN has packed once into the blocks that its kernels read,
+- and a layer makes fewer calls: query, key and value in one matmul, heads that share keys attended as one, no modules.
 
-The rest is fewer calls a layer: query, key and value in one product, heads that share keys attended as one, no
-modules. The packed layouts are copies: with them the weights take about twice the memory.
+With the copies the weights take about twice the memory.
 
 With `weights="int8"` every matrix is rounded to 8 bits (see `rounded`); embeddings, routers and norms stay as they are.
-Few rows then read a quarter of the bytes. Many are multiplied with the rounded numbers too, in the model's dtype: no
+Few rows then read a quarter of the bytes. Many are multiplied with the rounded weights too, in the model's dtype: no
 faster, but the same function, so that a completion does not depend on what else is in its batch.
 
 B rows, n tokens fed a row, T tokens = B*n, D hidden, H query heads, K key/value heads, d head_dim, L positions in
@@ -19,30 +19,32 @@ the cache, E experts, k experts per token, I expert width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimoe import kernels
 from minimoe.config import WeightsName
 from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
 from minimoe.model.attention import MiniMoeAttention
-from minimoe.model.causal_attention import prepare_heads
-from minimoe.model.decoder import MiniMoeDecoderLayer, MiniMoeForCausalLM, MiniMoeModel
+from minimoe.model.decoder import MiniMoeDecoderLayer, MiniMoeModel
+from minimoe.model.dispatch import grouped
 from minimoe.model.experts import Experts
 from minimoe.model.feed_forward import SwiGLU
+from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.model.moe import MoEFeedForward
-from minimoe.model.norm import MiniMoeRMSNorm, unit_rms
+from minimoe.model.norm import MiniMoeRMSNorm, rms_norm
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import TopKRouter
+from minimoe.ops import accelerated, enabled
+from minimoe.ops.heads import prepare_heads
+from minimoe.ops.moe import weighted_swiglu
 
 MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes as much again
-ROWS_HINT = 8  # rows that oneDNN picks its blocks for; measured as good from 1 to 128 rows
-FEW_ROWS = 6  # a matrix, on average; oneDNN is faster from 8 on
+ROWS_HINT = 8  # rows that oneDNN picks its blocks for; good from 1 to 128 rows
 
 
 # A model made of anything else (adapters, quantised layers) is left alone.
@@ -65,6 +67,8 @@ KNOWN_MODULES = {
 
 def why_not_packed(model: Any) -> str | None:
     """What keeps a model from being packed; None when nothing does."""
+    if not enabled():
+        return "plain torch is asked for"
     if type(model) is not MiniMoeForCausalLM:
         return f"{type(model).__name__} is not {MiniMoeForCausalLM.__name__}"
     if model.device.type != "cpu":
@@ -104,7 +108,7 @@ class PackedModel:
         self._model = model
         self._layers = [PackedLayer(layer, weights) for layer in model.model.layers]
         self._norm = PackedNorm(model.model.norm)
-        self._head = PackedLinear(weights, model.lm_head.weight)
+        self._head = PackedMatrix(weights, model.lm_head.weight)
 
     @torch.inference_mode()
     def __call__(
@@ -117,7 +121,7 @@ class PackedModel:
             mask: (B, L + n), nonzero for what is not padding; None where nothing is.
         """
         x = self._hidden(input_ids, position_ids, cache, mask)
-        return self._head(x[:, -1], norm=self._norm)
+        return linear(x[:, -1], self._head, self._norm, None)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -125,7 +129,7 @@ class PackedModel:
         ids = torch.tensor([token_ids])
         cache = PreallocatedCache(self._model.config, len(token_ids))
         x = self._hidden(ids, torch.arange(len(token_ids))[None], cache, None)
-        return self._head(x[0], norm=self._norm)
+        return linear(x[0], self._head, self._norm, None)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cache: PreallocatedCache, mask: Tensor | None) -> Tensor:
         """As `__call__`, -> (B, n, D) before the last norm."""
@@ -144,17 +148,19 @@ class PackedLayer:
 
     def __init__(self, layer: nn.Module, weights: WeightsName) -> None:
         assert isinstance(layer, MiniMoeDecoderLayer)
-        attention, self._mlp = layer.self_attn, _packed_feed_forward(layer.mlp, weights)
+        attention = layer.self_attn
         config = attention.config
         self._head_dim, self._scaling = attention.head_dim, attention.scaling
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._qkv = PackedLinear(weights, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        self._output = PackedLinear(weights, attention.o_proj.weight)
+        self._widths = [self._head_dim * heads for heads in (self._heads, self._kv_heads, self._kv_heads)]
+        self._qkv = PackedMatrix(weights, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        self._output = PackedMatrix(weights, attention.o_proj.weight)
         norms = [attention.q_norm] * self._heads + [attention.k_norm] * self._kv_heads
         self._gains = torch.stack([norm.weight.detach().float() for norm in norms])  # (H + K, d)
         self._eps = attention.q_norm.eps
         self._input_norm = PackedNorm(layer.input_layernorm)
         self._post_norm = PackedNorm(layer.post_attention_layernorm)
+        self._mlp = PackedMoE(layer.mlp, weights) if isinstance(layer.mlp, MoEFeedForward) else _dense(layer.mlp, weights)
 
     def __call__(
         self,
@@ -167,49 +173,60 @@ class PackedLayer:
     ) -> Tensor:
         """x (T, D) -> (T, D); cos, sin (T, d)."""
         batch, num_tokens = shape
-        qkv = self._qkv(x, norm=self._input_norm)
-        heads = prepare_heads(qkv, self._gains, self._kv_heads, self._eps, cos, sin, num_tokens)
-        k, v = (y.view(batch, self._kv_heads, num_tokens, -1) for y in (heads.k, heads.v))
-        keys, values = cache.update(k, v)  # (B, K, L + n, d)
-        q = heads.q.view(batch, self._kv_heads, num_tokens, -1, self._head_dim)
-        if num_tokens == 1 and kernels.made_for(heads.q):
-            row_bias = None if bias is None else bias.view(batch, -1).float()
-            out = kernels.attend(q[:, :, 0], keys, values, row_bias, self._scaling)
-        else:
-            out = F.scaled_dot_product_attention(
-                q.transpose(2, 3).flatten(1, 2),  # (B, H, n, d)
-                keys,
-                values,
-                attn_mask=bias,
-                is_causal=bias is None and num_tokens > 1,
-                scale=self._scaling,
-                enable_gqa=True,
-            ).transpose(1, 2)  # (B, n, H, d)
-        x = self._output(out.reshape(x.shape[0], -1), add=x)
-        return self._mlp(self._post_norm(x), add=x)
+        qkv = linear(x, self._qkv, self._input_norm, None).split(self._widths, dim=1)
+        heads = prepare_heads(*qkv, self._gains, cos, sin, self._eps, num_tokens)
+        q, k, v = (y.view(batch, self._kv_heads, num_tokens, -1, self._head_dim) for y in heads)
+        keys, values = cache.update(k.squeeze(3), v.squeeze(3))  # (B, K, L + n, d)
+        out = cached_attention(q.transpose(2, 3).flatten(1, 2), keys, values, bias, self._scaling)  # (B, H, n, d)
+        x = linear(out.transpose(1, 2).reshape(len(x), -1), self._output, None, x)
+        return x + self._mlp(self._post_norm(x))
 
 
-class PackedMatrices:
-    """Matrices (E, out, in): as our kernels read them, for few rows, and as oneDNN does, for many."""
+@accelerated
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """Attention of the newest n tokens to all positions of a cache.
 
-    def __init__(self, matrices: Tensor, weights: WeightsName) -> None:
-        matrices = matrices.detach().contiguous()
-        self.dtype = matrices.dtype
-        self.plain = kernels.Matrices(*rounded(matrices) if weights == "int8" else (matrices, None))
+    Args:
+        q: (B, H, n, d).
+        keys, values: (B, K, L, d), the newest tokens included.
+        bias: (B or 1, 1, n, L), added to the scores, or None: a token sees itself and what is before it.
 
-    def few(self, num_rows: int) -> bool:
-        """Whether so many rows, spread over the matrices, are few."""
-        return num_rows <= FEW_ROWS * len(self.plain.numbers) and kernels.why_not() is None
+    Returns:
+        (B, H, n, d).
+    """
+    causal = bias is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q, keys, values, attn_mask=bias, is_causal=causal, scale=scaling, enable_gqa=True
+    )
 
-    def product(self, rows: Tensor, index: int = 0) -> Tensor:
-        """Many rows (n, in), all for one matrix -> (n, out)."""
-        return torch.ops.mkldnn._linear_pointwise(rows, self._packed[index], None, "none", [], "")
+
+@accelerated
+def linear(x: Tensor, matrix: PackedMatrix, norm: PackedNorm | None, add: Tensor | None) -> Tensor:
+    """x (T, in), its norm before, if any -> (T, out), plus `add`, if any."""
+    y = matrix.multiply(x if norm is None else norm(x))
+    return y if add is None else add + y
+
+
+class PackedMatrix:
+    """A matrix (out, in), or parts of one below each other, as it is stored and as oneDNN has packed it."""
+
+    def __init__(self, weights: WeightsName, *parts: Tensor) -> None:
+        self.stored = stored(torch.cat(parts) if len(parts) > 1 else parts[0], weights)
+        self._dtype = parts[0].dtype
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """(n, in) -> (n, out)."""
+        return _multiply(rows, self._packed)
 
     @cached_property
-    def _packed(self) -> list[Tensor]:
-        numbers, scales = self.plain
-        matrices = numbers if scales is None else (numbers * scales.unsqueeze(-1)).to(self.dtype)
-        return [torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT) for matrix in matrices]
+    def _packed(self) -> Tensor:
+        return _pack(*self.stored, self._dtype)
+
+
+def stored(matrices: Tensor, weights: WeightsName) -> tuple[Tensor, Tensor | None]:
+    """Matrices (..., out, in) as few rows read them: exact, or rounded with their scales (..., out)."""
+    matrices = matrices.detach().contiguous()
+    return rounded(matrices) if weights == "int8" else (matrices, None)
 
 
 def rounded(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,6 +236,15 @@ def rounded(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return (matrices / scales.unsqueeze(-1)).round().to(torch.int8), scales
 
 
+def _pack(values: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    matrix = values if scales is None else (values * scales.unsqueeze(-1)).to(dtype)
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, ROWS_HINT)
+
+
+def _multiply(rows: Tensor, packed: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+
+
 class PackedNorm:
     """RMS norm, with its weight in float32."""
 
@@ -226,26 +252,7 @@ class PackedNorm:
         self.weight, self.eps = norm.weight.detach().float(), norm.eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        if kernels.made_for(x):
-            return kernels.rms_norm(x.float(), self.weight, self.eps, torch.empty_like(x))
-        return (unit_rms(x.float(), self.eps)[0] * self.weight).to(x.dtype)
-
-
-class PackedLinear:
-    """x -> x W^T on weights (out, in) that are stacked."""
-
-    def __init__(self, weights: WeightsName, *parts: Tensor) -> None:
-        self._matrix = PackedMatrices((torch.cat(parts) if len(parts) > 1 else parts[0])[None], weights)
-        self._ids = torch.zeros(FEW_ROWS, dtype=torch.int64)
-
-    def __call__(self, x: Tensor, norm: PackedNorm | None = None, add: Tensor | None = None) -> Tensor:
-        """x (T, in), its norm before, if any -> (T, out), added to `add` in place, if any."""
-        if self._matrix.few(len(x)):
-            scaling = None if norm is None else (norm.weight, norm.eps)
-            total = None if add is None else add.float()
-            return kernels.products(self._matrix.plain, x, self._ids[: len(x)], 1, scaling, total).to(x.dtype)
-        y = self._matrix.product(x if norm is None else norm(x))
-        return y if add is None else add.add_(y)
+        return rms_norm(x, self.weight, self.eps, x.dtype)
 
 
 class PackedRouter:
@@ -273,57 +280,51 @@ class PackedMoE:
     def __init__(self, block: MoEFeedForward, weights: WeightsName) -> None:
         self._router = PackedRouter(block.gate)
         self._experts = PackedExperts(block.experts.gate_up_proj, block.experts.down_proj, weights)
-        self._shared = None if block.shared_experts is None else _packed_feed_forward(block.shared_experts, weights)
+        self._shared = None if block.shared_experts is None else _dense(block.shared_experts, weights)
 
-    def __call__(self, tokens: Tensor, add: Tensor) -> Tensor:
-        """tokens (T, D) -> `add` (T, D), changed in place."""
-        add = self._experts(tokens, *self._router(tokens), add)
-        return add if self._shared is None else self._shared(tokens, add)
-
-
-class PackedSwiGLU:
-    """The dense block: an expert that every token uses."""
-
-    def __init__(self, block: SwiGLU, weights: WeightsName) -> None:
-        gate_up = torch.cat((block.gate_proj.weight, block.up_proj.weight))
-        self._expert = PackedExperts(gate_up[None], block.down_proj.weight[None], weights)
-
-    def __call__(self, tokens: Tensor, add: Tensor) -> Tensor:
-        """As `PackedMoE`."""
-        ids = torch.zeros(len(tokens), 1, dtype=torch.int64)
-        return self._expert(tokens, ids, torch.ones(len(tokens), 1), add)
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens (T, D) -> (T, D)."""
+        y = grouped(tokens, *self._router(tokens), self._experts)
+        return y if self._shared is None else y + self._shared(tokens)
 
 
 class PackedExperts:
-    """All experts of a layer."""
+    """The experts of a layer as functions of rows; few rows read the weights as they are stored."""
 
     def __init__(self, gate_up: Tensor, down: Tensor, weights: WeightsName) -> None:
-        self._gate_up, self._down = PackedMatrices(gate_up, weights), PackedMatrices(down, weights)
-        self._num_experts = len(down)
+        self.gate_up_proj, self.gate_up_scales = stored(gate_up, weights)
+        self.down_proj, self.down_scales = stored(down, weights)
+        self._dtype = down.dtype
 
-    def __call__(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor, add: Tensor) -> Tensor:
-        """tokens (T, D), expert_ids (T, k), weights (T, k) float32 -> `add` (T, D), changed in place."""
-        num_tokens, k = expert_ids.shape
-        if self._down.few(num_tokens * k):
-            matrices = (self._gate_up.plain, self._down.plain)
-            return kernels.experts(*matrices, tokens, expert_ids, weights, add.float()).to(add.dtype)
-        ids, order = expert_ids.flatten().sort(stable=True)
-        counts = torch.bincount(ids, minlength=self._num_experts).tolist()
-        parts = enumerate(tokens.index_select(0, order // k).split(counts))
-        rows = torch.cat([self._expert(expert, part) for expert, part in parts if len(part)])
-        outputs = torch.empty_like(rows).index_copy_(0, order, rows).view(num_tokens, k, -1).float()
-        # (T, 1, k) @ (T, k, D), summed in float32 as the dispatch paths do
-        return add.add_(torch.bmm(weights.unsqueeze(1), outputs).squeeze(1))
+    def __len__(self) -> int:
+        return len(self.down_proj)
 
-    def _expert(self, expert: int, rows: Tensor) -> Tensor:
-        return self._down.product(kernels.swiglu(self._gate_up.product(rows, expert)), expert)
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        return (partial(_expert, gate_up, down) for gate_up, down in self._packed)
+
+    @cached_property
+    def _packed(self) -> list[tuple[Tensor, Tensor]]:
+        stacks = []
+        for values, scales in ((self.gate_up_proj, self.gate_up_scales), (self.down_proj, self.down_scales)):
+            each = [None] * len(values) if scales is None else scales.unbind(0)
+            stacks.append([_pack(*one, self._dtype) for one in zip(values.unbind(0), each, strict=True)])
+        return list(zip(*stacks, strict=True))
 
 
-def _packed_feed_forward(module: nn.Module, weights: WeightsName) -> PackedMoE | PackedSwiGLU:
-    if isinstance(module, MoEFeedForward):
-        return PackedMoE(module, weights)
-    assert isinstance(module, SwiGLU)
-    return PackedSwiGLU(module, weights)
+def _expert(gate_up: Tensor, down: Tensor, rows: Tensor) -> Tensor:
+    return _multiply(weighted_swiglu(_multiply(rows, gate_up), None), down) if len(rows) else rows
+
+
+def _dense(block: nn.Module, weights: WeightsName) -> Callable[[Tensor], Tensor]:
+    """The dense block: an expert that every token uses."""
+    assert isinstance(block, SwiGLU)
+    gate_up = torch.cat((block.gate_proj.weight, block.up_proj.weight))
+    expert = PackedExperts(gate_up[None], block.down_proj.weight[None], weights)
+
+    def call(tokens: Tensor) -> Tensor:
+        return grouped(tokens, torch.zeros(len(tokens), 1, dtype=torch.int64), torch.ones(len(tokens), 1), expert)
+
+    return call
 
 
 def _attention_bias(mask: Tensor | None, num_tokens: int, past: int, dtype: torch.dtype) -> Tensor | None:

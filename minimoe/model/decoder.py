@@ -1,6 +1,6 @@
-"""The decoder: pre-norm layers of attention and MoE (or dense) feed-forward, as `transformers` models.
+"""The decoder: pre-norm layers of attention and MoE (or dense) feed-forward.
 
-B batch, S sequence, T tokens = B*S, D hidden, E experts, L MoE layers, V vocabulary.
+B batch, S sequence, D hidden.
 """
 
 from __future__ import annotations
@@ -10,45 +10,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from minimoe.model.attention import (
-    DocumentLengths,
-    MiniMoeAttention,
-    document_ids,
-    document_lengths,
-)
+from minimoe.model.attention import MiniMoeAttention
 from minimoe.model.config import MiniMoeConfig
+from minimoe.model.documents import Documents
 from minimoe.model.experts import Experts
 from minimoe.model.feed_forward import SwiGLU
-from minimoe.model.losses import (
-    IGNORE_INDEX,
-    expert_counts,
-    fused_next_token_loss,
-    load_balancing_loss,
-    next_token_loss,
-    router_z_loss,
-)
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.norm import MiniMoeRMSNorm
-from minimoe.model.precision import compute_dtype
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import RouterOutput, TopKRouter
+from minimoe.ops import compute_dtype
 
 # As in transformers' own models: what a caller gives as `past_key_values` must not get lost among the other arguments.
-_cache_by_its_old_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+cache_by_its_old_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 
 
 class MiniMoeDecoderLayer(GradientCheckpointingLayer):
@@ -64,7 +48,7 @@ class MiniMoeDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, RouterOutput | None]:
         """x (B, S, D) -> (B, S, D) and the router's decision; None in a dense layer."""
-        dtype = compute_dtype(x.device, x.dtype)  # under autocast, every projection would cast its input again
+        dtype = compute_dtype(x)  # rounded once, where under autocast every projection would cast its input again
         x = x + self.self_attn(self.input_layernorm(x, dtype), **kwargs)[0]
         y = self.mlp(self.post_attention_layernorm(x, dtype))
         y, routing = y if isinstance(y, tuple) else (y, None)
@@ -130,7 +114,7 @@ class MiniMoeModel(MiniMoePreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @_cache_by_its_old_name
+    @cache_by_its_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -179,43 +163,25 @@ class MiniMoeModel(MiniMoePreTrainedModel):
         position_ids: Tensor | None,
         cache: Cache | None,
         past_length: int | Tensor,
-    ) -> tuple[Tensor | None, DocumentLengths | None]:
-        """How attention is masked: a 4-D mask, or document lengths, or neither (plain causal)."""
-        shape = (x.shape[0], x.shape[1])
-        block_ids = None
-        if shape[1] > 1 and not past_length and (attention_mask is None or attention_mask.dim() == 2):
-            if attention_mask is not None and attention_mask.shape[1] != shape[1]:
-                raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit input {shape}")
-            if x.device.type == "cpu":
-                documents = document_lengths(position_ids, attention_mask, shape)
-                packed = documents is not None
-                if packed and self.config._attn_implementation == "sdpa":
-                    return None, documents
-            else:  # to look would make the host wait: whoever gives positions or a mask has a reason
-                packed = position_ids is not None or attention_mask is not None
-            if packed:
-                # The general way: a mask that also forbids looking across documents.
-                block_ids = document_ids(position_ids, attention_mask, shape)
-            attention_mask = None
+    ) -> tuple[Tensor | None, Documents | None]:
+        """How attention is masked: a 4-D mask, or documents, or neither (plain causal)."""
+        batch, sequence, _ = x.shape
+        documents = None
+        if sequence > 1 and not past_length and (attention_mask is None or attention_mask.dim() == 2):
+            if position_ids is not None or attention_mask is not None:
+                documents = Documents(position_ids, attention_mask, (batch, sequence))
+            if cache is None and self.config._attn_implementation == "sdpa":
+                return None, documents
+            attention_mask = None  # padding is a document of its own
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
             cache=cache,
             position_ids=None,
-            and_mask_function=None if block_ids is None else _same_document(block_ids),
+            and_mask_function=None if documents is None else documents.mask_function(),
         )
         return mask, None
-
-
-def _same_document(block_ids: Tensor) -> Any:
-    """Mask function of transformers: a query sees a key of its own document only. block_ids is (B, S)."""
-
-    def same(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # A static cache has more keys than the prompt has tokens; causality cuts those off.
-        return block_ids[batch_idx, q_idx] == block_ids[batch_idx, kv_idx.clamp(max=block_ids.shape[1] - 1)]
-
-    return same
 
 
 @dataclass
@@ -223,149 +189,3 @@ class MiniMoeModelOutput(MoeModelOutputWithPast):
     """Adds what every MoE layer's router decided."""
 
     routings: tuple[RouterOutput, ...] | None = None
-
-
-@dataclass
-class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
-    """Adds every term of the loss, unscaled, and the experts' loads.
-
-    `loss` = lm_loss + router_aux_loss_coef * load_balancing_loss + router_z_loss_coef * router_z_loss.
-    """
-
-    lm_loss: Tensor | None = None
-    load_balancing_loss: Tensor | None = None
-    router_z_loss: Tensor | None = None
-    expert_counts: Tensor | None = None  # (L, E) int64: real tokens per expert of each MoE layer
-
-
-class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
-    """Decoder with a language-model head."""
-
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: MiniMoeConfig) -> None:
-        super().__init__(config)
-        self.model = MiniMoeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    @_cache_by_its_old_name
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        skip_logits: bool = False,
-        **kwargs: Any,
-    ) -> MiniMoeCausalLMOutput:
-        """Logits and, with labels, the losses.
-
-        Args:
-            input_ids, attention_mask, position_ids: see `MiniMoeModel.forward`.
-            labels: (B, S), unshifted; IGNORE_INDEX is not learned.
-            output_router_logits: return the router logits and the balance loss also without labels.
-            logits_to_keep: logits of the last so many positions only (0 = all), or of given positions.
-            num_items_in_batch: learned tokens of the whole optimizer step. Losses are then this call's share of the
-                step's mean, so that adding up micro-batches gives exactly the mean over all tokens.
-            skip_logits: with labels, return no logits and hold a few rows of them at a time, on a CPU only of positions
-                that are learned: less time and much less memory.
-        """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs: MiniMoeModelOutput = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state  # (B, S, D)
-        result = MiniMoeCausalLMOutput(
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        if not (skip_logits and labels is not None):
-            # slice(-0, None) is everything
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.lm_head(hidden[:, kept])
-        if labels is not None or output_router_logits:
-            self._add_router_terms(result, outputs.routings or (), attention_mask, hidden.shape)
-        if output_router_logits:
-            result.router_logits = tuple(routing.logits for routing in outputs.routings or ())
-        if labels is not None:
-            self._add_losses(result, hidden, labels, num_items_in_batch)
-        return result
-
-    def _add_router_terms(
-        self,
-        result: MiniMoeCausalLMOutput,
-        routings: tuple[RouterOutput, ...],
-        attention_mask: Tensor | None,
-        shape: torch.Size,
-    ) -> None:
-        """Balance loss, z-loss (each averaged over layers) and expert counts, of real tokens only."""
-        if not routings:
-            zero = torch.zeros((), device=self.device)
-            result.load_balancing_loss = result.aux_loss = result.router_z_loss = zero
-            result.expert_counts = torch.zeros(0, self.config.num_experts, dtype=torch.long, device=self.device)
-            return
-        batch, sequence, _ = shape
-        mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -sequence:].bool().flatten()  # (T,)
-        per_sequence = batch if self.config.router_aux_loss_type == "sequence" else None
-        balance = [load_balancing_loss(r.probabilities, r.expert_ids, mask, per_sequence) for r in routings]
-        result.load_balancing_loss = result.aux_loss = torch.stack(balance).mean()
-        result.router_z_loss = torch.stack([router_z_loss(r.logits, mask) for r in routings]).mean()
-        counts = [expert_counts(r.expert_ids, self.config.num_experts, mask) for r in routings]
-        result.expert_counts = torch.stack(counts)
-
-    def _add_losses(
-        self,
-        result: MiniMoeCausalLMOutput,
-        hidden: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None,
-    ) -> None:
-        """lm_loss and the total. Position t predicts label t + 1."""
-        targets = labels[:, 1:].flatten()
-        num_targets = (targets != IGNORE_INDEX).sum()
-        num_items = num_targets if num_items_in_batch is None else num_items_in_batch
-        if result.logits is not None and result.logits.shape[1] == labels.shape[1]:
-            result.lm_loss = next_token_loss(result.logits[:, :-1].flatten(0, 1), targets, num_items)
-        else:
-            states = hidden[:, :-1].flatten(0, 1)  # (N, D)
-            if states.device.type == "cpu":  # elsewhere the host would wait to know how many are learned
-                learned = (targets != IGNORE_INDEX).nonzero().flatten()
-                states, targets = states.index_select(0, learned), targets[learned]
-            result.lm_loss = fused_next_token_loss(states, self.lm_head.weight, targets, num_items)
-        # The router terms are means over this call's tokens; weigh them by its share of the step.
-        share = num_targets / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
-        assert result.load_balancing_loss is not None
-        assert result.router_z_loss is not None
-        balance = self.config.router_aux_loss_coef * result.load_balancing_loss
-        result.loss = result.lm_loss + share * (balance + self.config.router_z_loss_coef * result.router_z_loss)
-
-
-def register() -> None:
-    """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know minimoe; experts are split on disk."""
-    AutoConfig.register("minimoe", MiniMoeConfig, exist_ok=True)
-    AutoModel.register(MiniMoeConfig, MiniMoeModel, exist_ok=True)
-    AutoModelForCausalLM.register(MiniMoeConfig, MiniMoeForCausalLM, exist_ok=True)
-    # Qwen2-MoE's mapping: mlp.experts.{e}.{gate,up,down}_proj.weight on disk, stacked in memory.
-    mapping = get_checkpoint_conversion_mapping("qwen2_moe")
-    register_checkpoint_conversion_mapping("minimoe", mapping, overwrite=True)
-
-
-register()

@@ -2,36 +2,35 @@
 
 T tokens, D hidden, E experts, k experts per token.
 
-Every entry of `DISPATCHES` is one pure function of (tokens, expert_ids, weights, experts), in three steps:
-dispatch, experts, combine. They compute the same values and the same gradients; the tests hold every entry to
-that. `replicated` is written for training: slots are independent, so gradients are simple. `grouped` is written
-for inference: the (T*k, D) output is never built. Both algorithms come from minimind's MoE block
+Both paths are one pure function of (tokens, expert_ids, weights, experts): the same values and the same gradients, which
+the tests check for every entry of `DISPATCHES` and for every faster form of one. `replicated` is written for training:
+slots are independent, so gradients are simple. `grouped` is written for inference: the (T*k, D) output is never built.
+An expert is a function of rows, (n, D) -> (n, D), also for n = 0. Both algorithms come from minimind's MoE block
 (jingyaogong/minimind, May 2025).
 
-Worked example, T = 3 tokens, k = 2, E = 3:
+Worked example, T = 3 tokens a, b, c, k = 2, E = 3:
 
     expert_ids        [[2, 0], [0, 1], [2, 0]]
-    flat              [2, 0, 0, 1, 2, 0]     slot s belongs to token s // k
+    chosen            [2, 0, 0, 1, 2, 0]     slot s belongs to token s // k: slots 0 and 1 to a, 2 and 3 to b, ...
     order             [1, 2, 5, 3, 0, 4]     stable argsort: slots of expert 0, then 1, then 2
     counts -> ends    [3, 1, 2] -> [3, 4, 6] rows 0..2 belong to expert 0, row 3 to expert 1, rows 4..5 to expert 2
-    order // k        [0, 1, 2, 1, 0, 2]     the token of each row
+    order // k        [0, 1, 2, 1, 0, 2]     the token of each row: a b c | b | a c
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minimoe.model.experts import Experts, groups_of_rows, swiglu
-from minimoe.model.precision import compute_dtype
-from minimoe.model.rows import combine_rows, sort_by_expert
+from minimoe.ops import accelerated
 
+Experts = Collection[Callable[[Tensor], Tensor]]
 Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 
 
+@accelerated
 def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
     """Training path: k copies of every token, each computed by its own expert, weighted and summed.
 
@@ -39,41 +38,39 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
         tokens: (T, D).
         expert_ids: (T, k) int64.
         weights: (T, k) float32.
-        experts: the expert weights.
+        experts: E functions of rows.
 
     Returns:
         (T, D) in the dtype of `tokens`.
     """
-    # dispatch: one row per slot, in the order of the experts
-    order, ends = sort_by_expert(expert_ids, experts.down_proj.shape[0])
-    # experts: each gathers its contiguous rows of tokens.repeat_interleave(k, dim=0)[order], computes and weighs them
-    outputs = experts(tokens, order, weights, ends)  # (T*k, D)
-    # combine: every result returns to its slot; k slots make one token
-    return combine_rows(outputs, order, expert_ids.shape[1]).to(tokens.dtype)
+    num_tokens, k = expert_ids.shape
+    copies = tokens.repeat_interleave(k, dim=0)  # (T*k, D): slot s is a copy of token s // k
+    chosen = expert_ids.flatten()  # (T*k,)
+    slots = torch.empty_like(copies)
+    for e, expert in enumerate(experts):
+        mine = chosen == e
+        slots[mine] = expert(copies[mine]).to(slots.dtype)  # back to the slots they came from
+    return (slots.view(num_tokens, k, -1) * weights[..., None]).sum(dim=1).to(tokens.dtype)
 
 
+@accelerated
 def grouped(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-    """Inference path: every expert gathers the tokens that chose it and adds its weighted result in place.
+    """Inference path: slots sorted by expert; every expert computes one slice and adds its weighted results in place.
 
-    Arguments and result as in `replicated`. Gradients flow here too. Where kernels read the groups' sizes on a GPU, it
-    is `replicated`: a loop over experts would make the host wait for them.
+    Arguments and result as in `replicated`. Gradients flow here too.
     """
-    if experts.stay_on_device(tokens):
-        return replicated(tokens, expert_ids, weights, experts)
-    # dispatch: which tokens each expert computes, as slices of one sorted list
-    order, ends = sort_by_expert(expert_ids, experts.down_proj.shape[0])
-    groups, length = groups_of_rows(ends.tolist(), tokens.device, compute_dtype(tokens.device, tokens.dtype))
-    token_ids = F.pad(order // expert_ids.shape[1], (0, length - len(order)))
-    slot_weights = weights.flatten()[order, None]  # (T*k, 1)
+    k = expert_ids.shape[1]
+    chosen = expert_ids.flatten()
+    order = chosen.argsort(stable=True)
+    counts = chosen.bincount(minlength=len(experts))[: len(experts)]  # the slice tells a compiler how many there are
+    ends = counts.cumsum(0).tolist()
+    token_ids, slot_weights = order // k, weights.flatten()[order, None]
     # Summed in float32 (weights are float32), as `replicated` does; half precision would round k times.
-    combined = torch.zeros(tokens.shape, dtype=torch.promote_types(tokens.dtype, weights.dtype), device=tokens.device)
-    unstacked = experts.unstacked()
-    for expert, rows, own in groups:
-        # experts: one contiguous group
-        output = swiglu(tokens[token_ids[rows]], *unstacked[expert])[: own.stop - own.start]
-        # combine: accumulate into the tokens' rows
-        combined.index_add_(0, token_ids[own], output * slot_weights[own])
-    return combined.to(tokens.dtype)
+    out = torch.zeros_like(tokens, dtype=torch.promote_types(tokens.dtype, weights.dtype))
+    for expert, start, end in zip(experts, [0, *ends], ends, strict=False):
+        rows = token_ids[start:end]
+        out.index_add_(0, rows, expert(tokens[rows]) * slot_weights[start:end])
+    return out.to(tokens.dtype)
 
 
 DISPATCHES: dict[str, Dispatch] = {"replicated": replicated, "grouped": grouped}

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.norm import MiniMoeRMSNorm, is_plain, unit_rms
 
 
 class MiniMoeRotaryEmbedding(nn.Module):
@@ -58,50 +56,10 @@ class MiniMoeRotaryEmbedding(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+d/2}) of x (..., heads, d) by its position's angle; cos, sin (..., d)."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return turned
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[..., None, :] + torch.cat((-second, first), dim=-1) * sin[..., None, :]
 
 
-def norm_and_rotate(x: Tensor, norm: MiniMoeRMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate(norm(x.float()), cos, sin)`: (..., heads, d) -> the same in float32, to be rounded once after both.
-
-    For training on a CPU it is one function, which keeps nothing but its input. A norm with hooks and a module that
-    stands in for one, such as an adapter, are called as they are.
-    """
-    if x.device.type == "cpu" and torch.is_grad_enabled() and is_plain(norm, MiniMoeRMSNorm):
-        return _NormAndRotate.apply(x, norm.weight, norm.eps, cos, sin)
-    return rotate(norm(x.float()), cos, sin)
-
-
-def norm_and_rotate_backward(
-    grad: Tensor, unit: Tensor, inverse: Tensor, gains: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of what was normed and of the gains (d,) or (heads, d): turn back, then RMSNorm's backward.
-
-    Args:
-        unit, inverse: what `unit_rms` gave.
-    """
-    grad = rotate(grad, cos, -sin)
-    product = grad * unit
-    mean = (product * gains).mean(-1, keepdim=True)
-    grad_x = (grad * gains).addcmul_(unit, mean, value=-1).mul_(inverse)
-    return grad_x, product.sum_to_size(gains.shape)
-
-
-class _NormAndRotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gain, cos, sin)
-        ctx.eps = eps
-        return rotate(unit_rms(x.to(gain.dtype), eps)[0].mul_(gain), cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, cos, sin = ctx.saved_tensors
-        grad_x, grad_gain = norm_and_rotate_backward(grad, *unit_rms(x.to(gain.dtype), ctx.eps), gain, cos, sin)
-        return grad_x.to(x.dtype), grad_gain, None, None, None
+def norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
+    """(..., heads, d) -> the same, normed and rotated in float32; rounded once after both, to the dtype of x."""
+    return rotate(norm(x.float()), cos, sin).to(x.dtype)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from minimoe.model.config import MiniMoeConfig
+from minimoe.ops import accelerated, without_autocast
 
 
 class RouterOutput(NamedTuple):
@@ -43,9 +43,8 @@ class TopKRouter(nn.Module):
 
     def forward(self, tokens: Tensor) -> RouterOutput:
         """Route tokens (T, D)."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            linear = F.linear if tokens.dtype == torch.float32 else _Float32Linear.apply
-            logits = linear(tokens, self.weight.float())
+        with without_autocast(tokens):
+            logits = router_logits(tokens, self.weight)
             if self.scoring_func == "softmax":
                 scores = selection = probabilities = logits.softmax(dim=-1)
             else:
@@ -72,16 +71,7 @@ class TopKRouter(nn.Module):
         bias += rate * torch.sign(load.mean() - load)
 
 
-class _Float32Linear(torch.autograd.Function):
-    """`F.linear(tokens.float(), weight)` that keeps the tokens for backward as they are, not twice as large."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        return F.linear(tokens.float(), weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, weight = ctx.saved_tensors
-        return (grad @ weight).to(tokens.dtype), grad.t() @ tokens.float()
+@accelerated
+def router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
+    """tokens (T, D), weight (E, D) -> (T, E) in float32, whatever their dtypes."""
+    return F.linear(tokens.float(), weight.float())

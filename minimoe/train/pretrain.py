@@ -12,7 +12,7 @@ from minimoe.config import PretrainRun
 from minimoe.data.loader import open_data
 from minimoe.errors import UserError
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.tokenizer import boundary_id, load_tokenizer
 from minimoe.train.loop import fit, make_accelerator
 from minimoe.train.preemption import StopRequest

@@ -10,7 +10,7 @@ from minimoe.config import SftRun
 from minimoe.data.loader import open_data
 from minimoe.errors import UserError
 from minimoe.loading import load_model
-from minimoe.model.decoder import MiniMoeForCausalLM
+from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.train.loop import fit, make_accelerator
 from minimoe.train.preemption import StopRequest
 from minimoe.train.run_folder import run_folder

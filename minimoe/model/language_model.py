@@ -1,0 +1,174 @@
+"""The language model: the decoder with its head, its losses, and what `transformers` needs to know of it.
+
+B batch, S sequence, T tokens = B*S, D hidden, E experts, L MoE layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from minimoe.model.config import MiniMoeConfig
+from minimoe.model.decoder import MiniMoeModel, MiniMoeModelOutput, MiniMoePreTrainedModel, cache_by_its_old_name
+from minimoe.model.losses import (
+    IGNORE_INDEX,
+    expert_counts,
+    hidden_loss,
+    load_balancing_loss,
+    next_token_loss,
+    router_z_loss,
+)
+from minimoe.model.router import RouterOutput
+
+
+@dataclass
+class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Adds every term of the loss, unscaled, and the experts' loads.
+
+    `loss` = lm_loss + router_aux_loss_coef * load_balancing_loss + router_z_loss_coef * router_z_loss.
+    """
+
+    lm_loss: Tensor | None = None
+    load_balancing_loss: Tensor | None = None
+    router_z_loss: Tensor | None = None
+    expert_counts: Tensor | None = None  # (L, E) int64: real tokens per expert of each MoE layer
+
+
+class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
+    """Decoder with a language-model head."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMoeConfig) -> None:
+        super().__init__(config)
+        self.model = MiniMoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @cache_by_its_old_name
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
+        **kwargs: Any,
+    ) -> MiniMoeCausalLMOutput:
+        """Logits and, with labels, the losses.
+
+        Args:
+            input_ids, attention_mask, position_ids: see `MiniMoeModel.forward`.
+            labels: (B, S), unshifted; IGNORE_INDEX is not learned.
+            output_router_logits: return the router logits and the balance loss also without labels.
+            logits_to_keep: logits of the last so many positions only (0 = all), or of given positions.
+            num_items_in_batch: learned tokens of the whole optimizer step. Losses are then this call's share of the
+                step's mean, so that adding up micro-batches gives exactly the mean over all tokens.
+            skip_logits: with labels, return no logits, which need not be held all at once then: less time and much
+                less memory.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs: MiniMoeModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state  # (B, S, D)
+        result = MiniMoeCausalLMOutput(
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if not (skip_logits and labels is not None):
+            # slice(-0, None) is everything
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head(hidden[:, kept])
+        if labels is not None or output_router_logits:
+            self._add_router_terms(result, outputs.routings or (), attention_mask, hidden.shape)
+        if output_router_logits:
+            result.router_logits = tuple(routing.logits for routing in outputs.routings or ())
+        if labels is not None:
+            self._add_losses(result, hidden, labels, num_items_in_batch)
+        return result
+
+    def _add_router_terms(
+        self,
+        result: MiniMoeCausalLMOutput,
+        routings: tuple[RouterOutput, ...],
+        attention_mask: Tensor | None,
+        shape: torch.Size,
+    ) -> None:
+        """Balance loss, z-loss (each averaged over layers) and expert counts, of real tokens only."""
+        if not routings:
+            zero = torch.zeros((), device=self.device)
+            result.load_balancing_loss = result.aux_loss = result.router_z_loss = zero
+            result.expert_counts = torch.zeros(0, self.config.num_experts, dtype=torch.long, device=self.device)
+            return
+        batch, sequence, _ = shape
+        mask = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -sequence:].bool().flatten()  # (T,)
+        per_sequence = batch if self.config.router_aux_loss_type == "sequence" else None
+        balance = [load_balancing_loss(r.probabilities, r.expert_ids, mask, per_sequence) for r in routings]
+        result.load_balancing_loss = result.aux_loss = torch.stack(balance).mean()
+        result.router_z_loss = torch.stack([router_z_loss(r.logits, mask) for r in routings]).mean()
+        counts = [expert_counts(r.expert_ids, self.config.num_experts, mask) for r in routings]
+        result.expert_counts = torch.stack(counts)
+
+    def _add_losses(
+        self,
+        result: MiniMoeCausalLMOutput,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> None:
+        """lm_loss and the total. Position t predicts label t + 1."""
+        targets = labels[:, 1:].flatten()
+        num_targets = (targets != IGNORE_INDEX).sum()
+        num_items = num_targets if num_items_in_batch is None else num_items_in_batch
+        if result.logits is not None and result.logits.shape[1] == labels.shape[1]:
+            result.lm_loss = next_token_loss(result.logits[:, :-1].flatten(0, 1), targets, num_items)
+        else:
+            result.lm_loss = hidden_loss(hidden[:, :-1].flatten(0, 1), self.lm_head, targets, num_items)
+        # The router terms are means over this call's tokens; weigh them by its share of the step.
+        share = num_targets / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
+        assert result.load_balancing_loss is not None
+        assert result.router_z_loss is not None
+        balance = self.config.router_aux_loss_coef * result.load_balancing_loss
+        result.loss = result.lm_loss + share * (balance + self.config.router_z_loss_coef * result.router_z_loss)
+
+
+def register() -> None:
+    """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know minimoe; experts are split on disk."""
+    AutoConfig.register("minimoe", MiniMoeConfig, exist_ok=True)
+    AutoModel.register(MiniMoeConfig, MiniMoeModel, exist_ok=True)
+    AutoModelForCausalLM.register(MiniMoeConfig, MiniMoeForCausalLM, exist_ok=True)
+    # Qwen2-MoE's mapping: mlp.experts.{e}.{gate,up,down}_proj.weight on disk, stacked in memory.
+    mapping = get_checkpoint_conversion_mapping("qwen2_moe")
+    register_checkpoint_conversion_mapping("minimoe", mapping, overwrite=True)
+
+
+register()

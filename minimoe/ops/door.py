@@ -1,0 +1,122 @@
+"""The door: where a faster form of a definition may stand in for it.
+
+The model defines every function in plain torch. A form computes the same function, in values and in gradients, for some
+arguments on some hardware. Which one runs is asked here and nowhere else: the first that suits, else the definition.
+
+`MINIMOE_OPS=plain` runs exactly what is on the page; `MINIMOE_OPS=cpu,cuda` leaves out what is compiled from C++.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+BACKENDS = {
+    "c": "compiled from our C++ for this CPU",
+    "cpu": "torch's calls, arranged for a CPU",
+    "cuda": "torch's calls, arranged for a GPU",
+}
+VARIABLE = "MINIMOE_OPS"
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+class Form(NamedTuple):
+    """A faster way to compute a definition."""
+
+    backend: str  # of BACKENDS
+    suits: Callable[..., bool]  # can it take these arguments, and is it faster for them?
+    run: Callable[..., Any]  # takes the definition's arguments, gives its result
+
+
+FORMS: dict[str, list[Form]] = defaultdict(list)  # by the definition's name; the first that suits stands in
+
+
+def _asked_for(text: str) -> set[str]:
+    """The backends that `MINIMOE_OPS` allows."""
+    if not text:
+        return set(BACKENDS)
+    names = {name.strip() for name in text.split(",")} - {"plain"}
+    if not names <= set(BACKENDS):
+        raise ValueError(f"{VARIABLE}={text}: give plain, or some of {', '.join(BACKENDS)}, separated by commas")
+    return names
+
+
+_enabled = _asked_for(os.environ.get(VARIABLE, ""))
+
+
+def accelerated(definition: Callable[P, R]) -> Callable[P, R]:
+    """Let a faster form stand in for `definition` if there is one for the arguments."""
+    forms = FORMS[definition.__name__]
+
+    @wraps(definition)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for form in forms:
+            if form.backend in _enabled and form.suits(*args, **kwargs):
+                return form.run(*args, **kwargs)
+        return definition(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def using(*backends: str) -> Iterator[None]:
+    """Only these backends meanwhile; with none of them, what runs is what is on the page."""
+    before = set(_enabled)
+    _enabled.intersection_update(backends)
+    try:
+        yield
+    finally:
+        _enabled.update(before)
+
+
+def enabled() -> frozenset[str]:
+    """The backends that may stand in now."""
+    return frozenset(_enabled)
+
+
+# ---- what several forms ask of their arguments ----
+
+
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether these are tensors as torch makes them: no DTensor, no quantised or other subclass, no torch.func wrapper.
+
+    While torch compiles or exports a model, its tensors are stand-ins of torch's own.
+    """
+    if torch.compiler.is_compiling():
+        return all(type(x).__module__ in _TORCHS_OWN for x in tensors)
+    for x in tensors:  # a loop, as this is asked hundreds of times a step
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+    return True
+
+
+_TORCHS_OWN = {"torch", "torch.nn.parameter", "torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor"}
+
+
+def untouched(module: Any, name: str) -> bool:
+    """Whether a form may read the module's weights instead of calling it: it is the project's or torch's class `name`
+    itself, no adapter, subclass or engine stands in for it, and no hook watches it."""
+    kind = type(module)
+    return (
+        kind.__name__ == name
+        and kind.__module__.startswith(("minimoe.", "torch.nn.modules."))
+        and "forward" not in vars(module)
+        and not any(vars(module).get(hooks) for hooks in _HOOKS)
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether backward will want the gradient of one of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
