@@ -1,0 +1,112 @@
+"""The C++ sources in this folder, compiled when they are first needed and called through ctypes.
+
+The machine's compiler (`CXX`, else `c++`; `CXXFLAGS` are added to its options) makes them for exactly this CPU. The
+result is kept in the user's cache folder, so that the few seconds are spent once. It shares torch's OpenMP threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
+WORK_OF_A_THREAD = 2**14  # values to read, at least: waking another thread takes about as long
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
+_KINDS = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
+
+
+class _Entry(ctypes.Structure):
+    """What EXPORT in vec.h publishes: a function's address, and a letter for each of its parameters."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("kinds", ctypes.c_char_p))
+
+
+def why_not() -> str | None:
+    """What keeps this machine from having the C++ forms; None when nothing does. Compiles them if need be."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def run(name: str, dtype: torch.dtype, work: int, first: Tensor, *rest: Tensor | float | None) -> None:
+    """Call the C++ function's instance for `dtype`, on as many threads as `work` (values read) is worth.
+
+    With tensors on the meta device, which have shapes only, nothing is to be done.
+    """
+    if first.is_meta:
+        return
+    threads = min(torch.get_num_threads(), work // WORK_OF_A_THREAD + 1)
+    addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in rest]
+    _function(name, dtype)(first.data_ptr(), *addresses, threads)
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    library = _library()
+    assert not isinstance(library, str), library  # `why_not` is asked first
+    entry = _Entry.in_dll(library, f"{name}_{_SUFFIXES[dtype]}")
+    return ctypes.CFUNCTYPE(None, *(_KINDS[letter] for letter in entry.kinds.decode()))(entry.address)
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled sources, or why there are none."""
+    name = os.environ.get("CXX") or "c++"
+    if platform.system() != "Linux":
+        return f"they are for Linux, this is {platform.system()}"
+    if shutil.which(name) is None:
+        return f"there is no C++ compiler {name!r}"
+    command = [name, *_flags(), "-o"]
+    cpu = re.findall(r"^(?:flags|Features|model name).*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
+    made_from = "\0".join([*texts, *command, *sorted(set(cpu))])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimoe"
+    kept = folder / f"ops-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    with suppress(OSError):  # not there yet, or broken
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = Path(scratch) / kept.name
+        try:
+            _compile([*command, str(compiled)])
+            library = ctypes.CDLL(str(compiled))
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.splitlines()
+            return f"{name} cannot compile them: {lines[0] if lines else f'exit status {error.returncode}'}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{name} cannot compile them: {error}"
+        with suppress(OSError):  # a cache that cannot be written to costs those seconds each time
+            folder.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copy(compiled, folder / f"{kept.name}.{os.getpid()}")
+            Path(copy).replace(kept)  # whole or not at all, whoever else compiles now
+    return library
+
+
+def _compile(command: list[str]) -> None:
+    """Compile all sources as one, as their headers take longer to read than they do."""
+    source = "".join(f'#include "{path.name}"\n' for path in SOURCES)
+    subprocess.run(command, input=source, check=True, capture_output=True, text=True, errors="replace", timeout=300)
+
+
+def _flags() -> list[str]:
+    flags = "-std=gnu++17 -O3 -march=native -fopenmp -fPIC -shared -fvisibility=hidden -Wall -Wextra".split()
+    flags.append("-Wno-psabi")  # how vectors are passed between files does not matter: none are
+    if platform.machine() == "x86_64":
+        flags.append("-mprefer-vector-width=512")
+    # The OpenMP that torch has loaded comes first, so that no second one is: its threads would compete for the cores.
+    loaded = sorted(set(re.findall(r"/\S*/lib[gi]omp\S*", Path("/proc/self/maps").read_text())))
+    added = shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [*flags, *added, f"-I{SOURCES[0].parent}", "-x", "c++", "-", "-x", "none", "-Wl,--as-needed", *loaded]
