@@ -53,7 +53,7 @@ def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     weighted = rows if weights is None else weights.shape[0]
-    run("swiglu", gate_up.dtype, 2 * rows * width, gate_up, weights, out, rows, weighted, width)
+    run("swiglu", gate_up.dtype, 2 * rows * width, (gate_up, weights, out), rows, weighted, width)
     return out
 
 
@@ -63,9 +63,9 @@ def swiglu_backward(gate_up: Tensor, weights: Tensor, grad: Tensor) -> tuple[Ten
     rows, width = grad.shape
     activated, grad_gate_up = torch.empty_like(grad), torch.empty_like(gate_up)
     grad_weights = torch.empty_like(weights)
-    results, sizes = (activated, grad_gate_up, grad_weights), (rows, weights.shape[0], width)
-    run("swiglu_backward", grad.dtype, 2 * rows * width, gate_up, weights, grad, *results, *sizes)
-    return results
+    tensors = (gate_up, weights, grad, activated, grad_gate_up, grad_weights)
+    run("swiglu_backward", grad.dtype, 2 * rows * width, tensors, rows, weights.shape[0], width)
+    return activated, grad_gate_up, grad_weights
 
 
 @operator(rows="float T,D", ids="int64 N <T")
@@ -73,7 +73,7 @@ def gather_rows(rows: Tensor, ids: Tensor) -> Tensor:
     """rows[ids]: (T, D), (N,) -> (N, D)."""
     count, width = ids.shape[0], rows.shape[1]
     out = rows.new_empty(count, width)
-    run("gather_rows", rows.dtype, count * width, rows, ids, out, count, width)
+    run("gather_rows", rows.dtype, count * width, (rows, ids, out), count, width)
     return out
 
 
@@ -82,7 +82,7 @@ def sum_slots(rows: Tensor, places: Tensor) -> Tensor:
     """The sum over s of rows[places[t, s]], added up in float32: (N, D), (T, k) -> (T, D)."""
     (tokens, slots), width = places.shape, rows.shape[1]
     out = rows.new_empty(tokens, width)
-    run("sum_slots", rows.dtype, tokens * slots * width, rows, places, out, tokens, slots, width)
+    run("sum_slots", rows.dtype, tokens * slots * width, (rows, places, out), tokens, slots, width)
     return out
 
 
@@ -92,18 +92,17 @@ def sum_slots(rows: Tensor, places: Tensor) -> Tensor:
 @operator(x="f32 *,D", weight="f32 D")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in `dtype`; x (..., D) and weight (D,) float32."""
-    out, width = torch.empty_like(x, dtype=dtype), x.shape[-1]
-    size = x.numel()
-    run("rms_norm", dtype, size, x, weight, out, eps, size // width, width)
+    out, size, width = torch.empty_like(x, dtype=dtype), x.numel(), x.shape[-1]
+    run("rms_norm", dtype, size, (x, weight, out), eps, size // width, width)
     return out
 
 
 @operator(x="f32 *,D", weight="f32 D", grad="float *,D")
 def rms_norm_backward(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight, float32, from that of the output."""
-    grad_x, grad_weight, width = torch.empty_like(x), torch.empty_like(weight), x.shape[-1]
-    size = x.numel()
-    run("rms_norm_backward", grad.dtype, size, x, weight, grad, grad_x, grad_weight, eps, size // width, width)
+    grad_x, grad_weight, size, width = torch.empty_like(x), torch.empty_like(weight), x.numel(), x.shape[-1]
+    tensors = (x, weight, grad, grad_x, grad_weight)
+    run("rms_norm_backward", grad.dtype, size, tensors, eps, size // width, width)
     return grad_x, grad_weight
 
 
@@ -131,7 +130,7 @@ def heads(
     )
     strides = (q.stride(0), k.stride(0), v.stride(0))
     work = tokens * (gains.shape[0] + kv_heads) * head_dim
-    run("heads", q.dtype, work, q, k, v, gains, cos, sin, *results, eps, *strides, *sizes)
+    run("heads", q.dtype, work, (q, k, v, gains, cos, sin, *results), eps, *strides, *sizes)
     return results
 
 
@@ -170,8 +169,8 @@ def heads_backward(
         torch.empty_like(gains),
     )
     work = tokens * (gains.shape[0] + kv_heads) * head_dim
-    arguments = (q, k, gains, cos, sin, grad_q, grad_k, grad_v, *results, eps, q.stride(0), k.stride(0))
-    run("heads_backward", q.dtype, work, *arguments, *sizes)
+    tensors = (q, k, gains, cos, sin, grad_q, grad_k, grad_v, *results)
+    run("heads_backward", q.dtype, work, tensors, eps, q.stride(0), k.stride(0), *sizes)
     return results
 
 
@@ -211,8 +210,8 @@ def grouped_swiglu(
     (experts, inputs, width), rows = down.shape, ids.shape[0]
     _need_panels(inputs, width)
     hidden, out = tokens.new_empty(rows, 2 * width), tokens.new_empty(rows, inputs)
-    operands = (tokens, ids, weights, gate_up, down, ends, hidden, out)
-    run("grouped_swiglu", tokens.dtype, rows * inputs * width, *operands, experts, inputs, width)
+    tensors = (tokens, ids, weights, gate_up, down, ends, hidden, out)
+    run("grouped_swiglu", tokens.dtype, rows * inputs * width, tensors, experts, inputs, width)
     return hidden, out
 
 
@@ -244,9 +243,9 @@ def grouped_swiglu_backward(
     """
     (experts, inputs, width), rows = down.shape, ids.shape[0]
     _need_panels(inputs, width)
-    operands = (tokens, ids, weights, gate_up, down, ends, hidden, grad)
     results = (torch.empty_like(grad), torch.empty_like(weights), torch.empty_like(gate_up), torch.empty_like(down))
-    run("grouped_swiglu_backward", tokens.dtype, rows * inputs * width, *operands, *results, experts, inputs, width)
+    tensors = (tokens, ids, weights, gate_up, down, ends, hidden, grad, *results)
+    run("grouped_swiglu_backward", tokens.dtype, rows * inputs * width, tensors, experts, inputs, width)
     return results
 
 
@@ -283,8 +282,8 @@ def linear_few(
     x = x.float().contiguous()
     rows = x.shape[0]
     out = x.new_empty(rows, outputs)
-    arguments = (scales, x, norm_weight, eps, add, out, rows, inputs, outputs)
-    run("linear_few", matrix.dtype, rows * outputs * inputs, matrix, *arguments)
+    tensors = (matrix, scales, x, norm_weight, add, out)
+    run("linear_few", matrix.dtype, rows * outputs * inputs, tensors, eps, rows, inputs, outputs)
     return out
 
 
@@ -320,9 +319,9 @@ def experts_few(
     (experts, inputs, width), (tokens, slots) = down.shape, ids.shape
     x = x.float().contiguous()
     out = torch.empty_like(x)
-    operands = (gate_up_scales, down, down_scales, x, ids, weights, out)
-    work = tokens * slots * inputs * width
-    run("experts_few", down.dtype, work, gate_up, *operands, experts, tokens, slots, inputs, width)
+    tensors = (gate_up, gate_up_scales, down, down_scales, x, ids, weights, out)
+    sizes = (experts, tokens, slots, inputs, width)
+    run("experts_few", down.dtype, tokens * slots * inputs * width, tensors, *sizes)
     return out
 
 
@@ -342,7 +341,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: 
     sequences, length = batch * kv_heads, keys.shape[2]
     out = torch.empty_like(q)
     sizes = (sequences, kv_heads, group, length, keys.stride(1), head_dim)
-    run("attend", q.dtype, 2 * sequences * group * length * head_dim, q, keys, values, bias, scale, out, *sizes)
+    work = 2 * sequences * group * length * head_dim
+    run("attend", q.dtype, work, (q, keys, values, bias, out), scale, *sizes)
     return out
 
 
@@ -359,5 +359,5 @@ def newton_schulz(matrices: Tensor, a: float, b: float, c: float, steps: int) ->
     count, rows, columns = matrices.shape
     out = torch.empty_like(matrices)
     work = count * rows * columns * columns
-    run("newton_schulz", matrices.dtype, work, matrices, out, a, b, c, steps, count, rows, columns)
+    run("newton_schulz", matrices.dtype, work, (matrices, out), a, b, c, steps, count, rows, columns)
     return out

@@ -51,8 +51,8 @@ ONCE void multiply(const T *matrix, const f32 *scales, const Row *rows, long cou
 /* y (rows, out) = matrix (out, in) @ x (rows, in), plus `add`, if there is any. With norm_weight it is the RMS norm of x
    that is multiplied. */
 template <class T>
-void linear_few(const T *matrix, const f32 *scales, const f32 *x, const f32 *norm_weight, f32 eps, const f32 *add,
-                f32 *y, long rows, long in, long out, int threads) {
+void linear_few(const T *matrix, const f32 *scales, const f32 *x, const f32 *norm_weight, const f32 *add, f32 *y,
+                f32 eps, long rows, long in, long out, int threads) {
     const Buffer<f32> normed(norm_weight ? rows * in : 0);
     const Buffer<Row> list(rows);
     for (long row = 0; row < rows; row++)
@@ -127,7 +127,7 @@ EXPORT(experts_few, i8)
    q and out are (sequences, group, d), keys and values (sequences, capacity, d) of which `length` are used; sequences
    begin `stride` values apart, and `kv_heads` of them share a row of bias (length), if there is any. */
 template <class T>
-void attend(const T *q, const T *keys, const T *values, const f32 *bias, f32 scale, T *out, long sequences,
+void attend(const T *q, const T *keys, const T *values, const f32 *bias, T *out, f32 scale, long sequences,
             long kv_heads, long group, long length, long stride, long d, int threads) {
     const Buffer<f32> scores(sequences * group * length);
 #pragma omp parallel for num_threads(threads)

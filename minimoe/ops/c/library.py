@@ -42,16 +42,16 @@ def why_not() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def run(name: str, dtype: torch.dtype, work: int, first: Tensor, *rest: Tensor | float | None) -> None:
+def run(name: str, dtype: torch.dtype, work: int, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
     """Call the C++ function's instance for `dtype`, on as many threads as `work` (values read) is worth.
 
     With tensors on the meta device, which have shapes only, nothing is to be done.
     """
-    if first.is_meta:
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    if not addresses[0] and tensors[0] is not None and tensors[0].is_meta:  # an empty tensor has no address either
         return
-    threads = min(torch.get_num_threads(), work // WORK_OF_A_THREAD + 1)
-    addresses = [x.data_ptr() if isinstance(x, Tensor) else x for x in rest]
-    _function(name, dtype)(first.data_ptr(), *addresses, threads)
+    threads = 1 if work < WORK_OF_A_THREAD else min(torch.get_num_threads(), work // WORK_OF_A_THREAD + 1)
+    _function(name, dtype)(*addresses, *numbers, threads)
 
 
 @cache
@@ -64,30 +64,38 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    """The compiled sources, or why there are none."""
-    name = os.environ.get("CXX") or "c++"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimoe"
+    return load(os.environ.get("CXX") or "c++", os.environ.get("CXXFLAGS", ""), folder)
+
+
+def load(compiler: str, flags: str, folder: Path) -> ctypes.CDLL | str:
+    """The sources compiled with `flags` added, kept in `folder`; or why they cannot be."""
     if platform.system() != "Linux":
         return f"they are for Linux, this is {platform.system()}"
-    if shutil.which(name) is None:
-        return f"there is no C++ compiler {name!r}"
-    command = [name, *_flags(), "-o"]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler!r}"
+    command = [compiler, *_arguments(flags), "-o"]
     cpu = re.findall(r"^(?:flags|Features|model name).*", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
     made_from = "\0".join([*texts, *command, *sorted(set(cpu))])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimoe"
     kept = folder / f"ops-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     with suppress(OSError):  # not there yet, or broken
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as scratch:
         compiled = Path(scratch) / kept.name
         try:
-            _compile([*command, str(compiled)])
+            # As one source, since reading the compiler's own headers takes as long as compiling any of them.
+            source = "".join(f'#include "{path.name}"\n' for path in SOURCES)
+            subprocess.run(
+                [*command, str(compiled)], input=source.encode(), check=True, capture_output=True, timeout=300
+            )
             library = ctypes.CDLL(str(compiled))
         except subprocess.CalledProcessError as error:
-            lines = error.stderr.splitlines()
-            return f"{name} cannot compile them: {lines[0] if lines else f'exit status {error.returncode}'}"
+            lines = error.stderr.decode(errors="replace").splitlines()
+            reason = next((line for line in lines if "error" in line), f"exit status {error.returncode}")
+            return f"{compiler} cannot compile them: {reason}"
         except (OSError, subprocess.TimeoutExpired) as error:
-            return f"{name} cannot compile them: {error}"
+            return f"{compiler} cannot compile them: {error}"
         with suppress(OSError):  # a cache that cannot be written to costs those seconds each time
             folder.mkdir(parents=True, exist_ok=True)
             copy = shutil.copy(compiled, folder / f"{kept.name}.{os.getpid()}")
@@ -95,18 +103,12 @@ def _library() -> ctypes.CDLL | str:
     return library
 
 
-def _compile(command: list[str]) -> None:
-    """Compile all sources as one, as their headers take longer to read than they do."""
-    source = "".join(f'#include "{path.name}"\n' for path in SOURCES)
-    subprocess.run(command, input=source, check=True, capture_output=True, text=True, errors="replace", timeout=300)
-
-
-def _flags() -> list[str]:
-    flags = "-std=gnu++17 -O3 -march=native -fopenmp -fPIC -shared -fvisibility=hidden -Wall -Wextra".split()
-    flags.append("-Wno-psabi")  # how vectors are passed between files does not matter: none are
+def _arguments(flags: str) -> list[str]:
+    own = "-std=gnu++17 -O3 -march=native -fopenmp -fPIC -shared -fvisibility=hidden -Wall -Wextra".split()
+    own.append("-Wno-psabi")  # on how vectors are passed between files: none are
     if platform.machine() == "x86_64":
-        flags.append("-mprefer-vector-width=512")
+        own.append("-mprefer-vector-width=512")
     # The OpenMP that torch has loaded comes first, so that no second one is: its threads would compete for the cores.
     loaded = sorted(set(re.findall(r"/\S*/lib[gi]omp\S*", Path("/proc/self/maps").read_text())))
-    added = shlex.split(os.environ.get("CXXFLAGS", ""))
-    return [*flags, *added, f"-I{SOURCES[0].parent}", "-x", "c++", "-", "-x", "none", "-Wl,--as-needed", *loaded]
+    source = [f"-I{SOURCES[0].parent}", "-x", "c++", "-", "-x", "none"]
+    return [*own, *shlex.split(flags), *source, "-Wl,--as-needed", *loaded]
