@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from tiny import relative_error, tiny_config
+from tiny import relative_error, tiny_config, tiny_experts
 
-from minimoe import kernels
-from minimoe.model.dispatch import DISPATCHES
-from minimoe.model.experts import Experts, grouped_mm_swiglu, groups_of_rows, swiglu
+from minimoe.model.dispatch import DISPATCHES, grouped
+from minimoe.model.experts import swiglu
 from minimoe.model.moe import MoEFeedForward
-from minimoe.model.precision import few_sizes
-from minimoe.model.rows import sort_by_expert, sum_slots
+from minimoe.ops import BACKENDS, using
 
 # Norm-relative. float32: sums of ~50 products, each rounded to 6e-8. float64 the same with 1e-16.
 # bf16: every path rounds weights, inputs and each product's result to 8 bits (4e-3), in another order.
@@ -22,7 +18,7 @@ NUM_EXPERTS, HIDDEN, WIDTH = 5, 24, 16
 
 
 def by_hand(tokens, expert_ids, weights, experts):
-    """The definition: for every token, the weighted sum of its experts, one row at a time."""
+    """For every token, the weighted sum of its experts, one row at a time."""
     rows = []
     for token, ids, token_weights in zip(tokens, expert_ids, weights, strict=True):
         outputs = [
@@ -45,9 +41,7 @@ def route(case: str, num_tokens: int, k: int) -> torch.Tensor:
 def run(dispatch, dtype, expert_ids):
     """Value and gradients of tokens, weights and every expert parameter."""
     torch.manual_seed(1)
-    experts = Experts(NUM_EXPERTS, HIDDEN, WIDTH).to(dtype)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    experts = tiny_experts(NUM_EXPERTS, HIDDEN, WIDTH).to(dtype)
     num_tokens, k = expert_ids.shape
     tokens = torch.randn(num_tokens, HIDDEN, dtype=dtype, requires_grad=True)
     router_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -63,10 +57,12 @@ def run(dispatch, dtype, expert_ids):
 @pytest.mark.parametrize("k", range(1, NUM_EXPERTS + 1))
 @pytest.mark.parametrize("case", ["spread", "idle", "one_token", "all_to_one"])
 @pytest.mark.parametrize("name", list(DISPATCHES))
-def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case, k, dtype):
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "accelerated"])
+def test_every_dispatch_equals_one_row_at_a_time_in_values_and_gradients(plain, name, case, k, dtype):
     torch.manual_seed(k)
     expert_ids = route(case, 1 if case == "one_token" else 37, k)
-    output, gradients = run(DISPATCHES[name], dtype, expert_ids)
+    with using(*(() if plain else BACKENDS)):
+        output, gradients = run(DISPATCHES[name], dtype, expert_ids)
     expected, expected_gradients = run(by_hand, dtype, expert_ids)
     assert output.dtype == dtype
     assert relative_error(output, expected) <= TOLERANCE[dtype]
@@ -75,97 +71,6 @@ def test_every_dispatch_equals_the_definition_in_values_and_gradients(name, case
         # A weight's gradient is one product of two rows, where terms cancel; the others are sums of many.
         tolerance = TOLERANCE[dtype] * (2 if parameter == "weights" else 1)
         assert relative_error(gradient, expected_gradients[parameter]) <= tolerance, parameter
-
-
-@pytest.mark.skipif(kernels.why_not() is not None, reason=str(kernels.why_not()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("k", [1, 2, NUM_EXPERTS])
-@pytest.mark.parametrize("case", ["spread", "idle", "one_token", "all_to_one"])
-def test_experts_in_one_call_equal_the_definition_in_values_and_gradients(case, k, threads, dtype, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(kernels, "multiplies_experts", lambda tokens, *_: tokens.dtype == dtype)
-    monkeypatch.setattr(kernels, "_BLOCK", 24)  # rows; some experts have more
-    torch.manual_seed(k)
-    expert_ids = route(case, 1 if case == "one_token" else 87, k)
-    experts = Experts(NUM_EXPERTS, 96, 64)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    num_tokens = len(expert_ids)
-    tokens, target = (torch.randn(num_tokens, 96).bfloat16().float() for _ in range(2))
-
-    def results(dispatch, exact):
-        module = copy.deepcopy(experts).to(torch.float64 if exact else torch.float32)
-        torch.manual_seed(0)
-        weights = torch.rand(num_tokens, k).to(module.down_proj.dtype).requires_grad_()
-        x = tokens.to(module.down_proj.dtype, copy=True).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and not exact):
-            output = dispatch(x, expert_ids, weights, module)
-        (output * target.to(output.dtype)).sum().backward()
-        return output, x.grad, weights.grad, *(parameter.grad for parameter in module.parameters())
-
-    called = []
-    real = kernels.grouped_swiglu_backward
-    monkeypatch.setattr(kernels, "grouped_swiglu_backward", lambda *args: called.append(1) or real(*args))
-    names = ("output", "tokens", "weights", "gate_up", "down")
-    pairs = zip(results(DISPATCHES["replicated"], False), results(by_hand, True), strict=True)
-    for name, (result, expected) in zip(names, pairs, strict=True):
-        assert result.dtype == torch.float32
-        tolerance = TOLERANCE[dtype] * (2 if name == "weights" else 1)  # as above
-        assert relative_error(result, expected) <= tolerance, name
-    assert called
-
-
-def test_weights_of_another_number_format_are_not_read_as_float32(monkeypatch):
-    monkeypatch.setattr(kernels, "multiplies_experts", lambda *_: True)
-    torch.manual_seed(0)
-    experts, expert_ids = Experts(NUM_EXPERTS, 96, 64), route("spread", 37, 2)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    tokens, weights = torch.randn(37, 96), torch.rand(37, 2, dtype=torch.float64)
-    result = DISPATCHES["replicated"](tokens, expert_ids, weights, experts)
-    expected = DISPATCHES["grouped"](tokens, expert_ids, weights, experts)
-    assert relative_error(result, expected) <= TOLERANCE[torch.float32]
-
-
-def test_a_librarys_products_are_used_where_they_are_faster(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    in_vectors = {
-        torch.float32: torch.cpu._is_avx512_supported(),
-        torch.bfloat16: torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported(),
-    }
-    for dtype, supported in in_vectors.items():
-
-        def asked(hidden, width, dtype=dtype):
-            experts = Experts(2, hidden, width)
-            return kernels.multiplies_experts(torch.zeros(3, hidden, dtype=dtype), *experts.parameters())
-
-        assert asked(64, 128) == (supported and kernels.why_not() is None)
-        assert not asked(64, 96)  # fewer panels than threads
-        assert not asked(48, 128)
-        assert not asked(64, 144)
-
-
-@pytest.mark.parametrize("rows", [1, 10, 74])
-def test_rows_return_to_their_tokens_the_same_whatever_the_block(rows, monkeypatch):
-    monkeypatch.setattr("minimoe.model.rows._BLOCK_ROWS", rows)
-    expert_ids = route("spread", 37, 2)
-    output, gradients = run(DISPATCHES["replicated"], torch.float32, expert_ids)
-    expected, expected_gradients = run(by_hand, torch.float32, expert_ids)
-    for value, reference in zip([output, *gradients.values()], [expected, *expected_gradients.values()], strict=True):
-        assert relative_error(value, reference) <= TOLERANCE[torch.float32]
-
-
-@pytest.mark.parametrize("case", ["spread", "idle", "all_to_one"])
-@pytest.mark.parametrize("name", list(DISPATCHES))
-def test_what_a_gpu_dispatches_is_the_same_function(name, case, monkeypatch):
-    expert_ids = route(case, 37, 2)
-    expected, expected_gradients = run(by_hand, torch.float32, expert_ids)
-    monkeypatch.setattr(Experts, "stay_on_device", lambda *_: True)
-    output, gradients = run(DISPATCHES[name], torch.float32, expert_ids)
-    assert relative_error(output, expected) <= TOLERANCE[torch.float32]
-    for parameter, gradient in gradients.items():
-        assert relative_error(gradient, expected_gradients[parameter]) <= TOLERANCE[torch.float32], parameter
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
@@ -203,73 +108,30 @@ def test_bf16_autocast_of_a_dispatch_is_close_to_float32(name):
         assert relative_error(gradient, exact_gradients[parameter]) <= TOLERANCE[torch.bfloat16], parameter
 
 
-def test_sorting_by_expert_gives_the_worked_example_of_the_module():
-    order, ends = sort_by_expert(torch.tensor([[2, 0], [0, 1], [2, 0]]), 3)
-    assert order.tolist() == [1, 2, 5, 3, 0, 4]
-    assert ends.tolist() == [3, 4, 6]
-
-
-def test_the_gradient_of_a_token_in_bf16_is_rounded_once_not_for_every_slot():
-    torch.manual_seed(0)
-    rows, order = torch.randn(37 * 5, HIDDEN).bfloat16(), torch.randperm(37 * 5)
-    exact = rows.double()[order.argsort()].view(37, 5, HIDDEN).sum(1)
-    assert torch.equal(sum_slots(rows, order, 5), exact.bfloat16())
-
-
-def test_experts_keep_no_copies_of_tokens_for_backward():
-    experts, tokens = Experts(NUM_EXPERTS, HIDDEN, WIDTH), torch.randn(37, HIDDEN, requires_grad=True)
-    order, ends = sort_by_expert(route("spread", 37, 2), NUM_EXPERTS)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda x: x):
-        experts(tokens, order, torch.rand(37, 2), ends)
-    assert (37, HIDDEN) in kept
-    assert (74, HIDDEN) not in kept  # nor of results
-
-
 def test_an_idle_expert_gets_a_gradient_of_zeros_so_that_data_parallel_training_cannot_hang():
     _, gradients = run(DISPATCHES["replicated"], torch.float32, torch.zeros(4, 1, dtype=torch.long))
     assert gradients["gate_up_proj"][1:].abs().sum() == 0
     assert gradients["gate_up_proj"][0].abs().sum() > 0
 
 
-def test_bf16_computes_few_different_numbers_of_rows_and_float32_its_own():
-    cpu, sizes = torch.device("cpu"), range(1, 8193)
-    rounded = [few_sizes(size, cpu, torch.bfloat16) for size in sizes]
-    assert all(size <= more < 1.125 * size for size, more in zip(sizes, rounded, strict=True))
-    assert all(more - size < max(64, size / 32) for size, more in zip(sizes, rounded, strict=True))
-    # 1 to 7; eight from each power of two to the next, 8 to 1024; then 16, and 32 from 2048 on
-    assert len(set(rounded)) == 7 + 7 * 8 + 16 + 2 * 32 + 1
-    assert few_sizes(0, cpu, torch.bfloat16) == 0
-    assert few_sizes(1001, cpu, torch.float32) == few_sizes(1001, torch.device("meta"), torch.bfloat16) == 1001
-    groups = [(0, slice(0, 6), slice(0, 6)), (2, slice(6, 20), slice(6, 20))]
-    assert groups_of_rows([6, 6, 20], cpu, torch.float32) == (groups, 20)
-    assert groups_of_rows([17, 20], cpu, torch.bfloat16)[0] == [
-        (0, slice(0, 18), slice(0, 17)),
-        (1, slice(17, 20), slice(17, 20)),
-    ]
-    assert groups_of_rows([1000, 1003], cpu, torch.bfloat16)[1] == 1024  # the first slice ends last
+def test_experts_are_called_with_the_slices_of_the_worked_example():
+    seen = {}
+
+    def expert(name):
+        return lambda rows: seen.setdefault(name, rows.flatten().tolist()) and rows
+
+    tokens = torch.tensor([[10.0], [11.0], [12.0]])  # a, b, c
+    ids = torch.tensor([[2, 0], [0, 1], [2, 0]])
+    with using():
+        result = grouped(tokens, ids, torch.ones(3, 2), [expert(e) for e in range(3)])
+    assert seen == {0: [10, 11, 12], 1: [11], 2: [10, 12]}
+    assert result.flatten().tolist() == [20, 22, 24]
 
 
-@pytest.mark.parametrize("sizes", [[6, 0, 300, 1, 64], [0, 33, 0, 31, 0], [1, 1, 1, 1, 1], [1000, 0, 5]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_kernels_equal_one_expert_after_the_other(dtype, sizes):
-    """The bf16 kernel computes on rows beyond a group; none of that may be seen, whatever the groups' sizes."""
-    torch.manual_seed(0)
-    experts = Experts(len(sizes), HIDDEN, WIDTH).to(dtype)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    weights = experts.gate_up_proj, experts.down_proj
-    rows = torch.randn(sum(sizes), HIDDEN, dtype=dtype, requires_grad=True)
-    row_weights = torch.rand(len(rows), 1, requires_grad=True)
-    target = torch.randn(sum(sizes), HIDDEN, dtype=dtype)
-    ends = torch.tensor(sizes).cumsum(0)
-
-    def results(output):
-        return [output, *torch.autograd.grad((output * target).sum(), [rows, row_weights, *weights])]
-
-    groups = zip(rows.split(sizes), experts.unstacked(), strict=True)
-    expected = results(torch.cat([swiglu(group, *expert) for group, expert in groups]) * row_weights)
-    stacked = grouped_mm_swiglu(rows, *weights, row_weights[:, 0], ends)
-    for kernel in (experts(rows, torch.arange(len(rows)), row_weights, ends), stacked):
-        for value, reference in zip(results(kernel), expected, strict=True):
-            assert relative_error(value, reference) <= TOLERANCE[dtype]
+@pytest.mark.parametrize("name", list(DISPATCHES))
+def test_no_tokens_give_no_rows(name):
+    for plain in (True, False):
+        with using(*(() if plain else BACKENDS)):
+            output, gradients = run(DISPATCHES[name], torch.float32, torch.zeros(0, 2, dtype=torch.long))
+        assert output.shape == (0, HIDDEN)
+        assert not gradients["down_proj"].any()

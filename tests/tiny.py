@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minimoe.model.config import MiniMoeConfig
+from minimoe.model.experts import Experts
 from minimoe.model.language_model import MiniMoeForCausalLM
 
 
@@ -42,3 +43,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of the expected value, in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def tiny_experts(num_experts: int, hidden_size: int, width: int, std: float = 0.3) -> Experts:
+    experts = Experts(tiny_config(num_experts=num_experts, hidden_size=hidden_size, moe_intermediate_size=width))
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return experts

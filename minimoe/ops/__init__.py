@@ -1,1 +1,36 @@
-"""Faster forms of the definitions in `model/`."""
+"""Faster forms of what the model defines in plain torch; the door they stand behind is door.py.
+
+    moe.py         the two dispatch paths, the router's logits
+    attention.py   causal self-attention; heads.py: norm and rotation of its heads
+    norm.py        RMS norm
+    loss.py        the language model's loss without its logits
+    onednn.py      which library multiplies on a CPU; autocast.py: the dtype of matmuls
+    c/             what is compiled from C++; without the folder everything works, slower
+
+A form is never the only owner of a function: tests/test_ops.py checks each against its definition.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from minimoe.ops import attention, loss, moe, norm
+from minimoe.ops.autocast import compute_dtype, without_autocast
+from minimoe.ops.door import BACKENDS, FORMS, Form, accelerated, enabled, using
+
+if find_spec("minimoe.ops.c"):
+    from minimoe.ops.c import forms
+
+__all__ = ["BACKENDS", "FORMS", "Form", "accelerated", "compute_dtype", "describe", "enabled", "using", "without_autocast"]
+
+
+def describe() -> str:
+    """Which forms may stand in on this machine's CPU, for a person."""
+    if not enabled():
+        return "plain torch"
+    if "c" not in enabled():
+        return "torch's, arranged for this hardware"
+    if not find_spec("minimoe.ops.c"):
+        return "torch's, slower than compiled ones: minimoe/ops/c is missing"
+    reason = forms.why_not()
+    return f"torch's, slower than compiled ones: {reason}" if reason else "compiled for this CPU"

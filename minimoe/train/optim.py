@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from minimoe import kernels
+from minimoe.ops import accelerated
 from minimoe.config import OptimizerConfig, ScheduleConfig
 from minimoe.model.precision import has_bf16
 
@@ -134,25 +134,27 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     Returns:
         The same shape, in bfloat16 where the hardware computes in it, else in float32.
     """
-    a, b, c = _NS_COEFFICIENTS
     x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
-    tall = x.shape[1] > x.shape[2]
-    if _kernel_is_faster(x):
-        directions = kernels.newton_schulz((x if tall else x.mT).contiguous(), _NS_COEFFICIENTS, _NS_STEPS)
-        return directions if tall else directions.mT
-    x = x.mT if tall else x  # the products below are over the smaller side
+    if x.shape[1] >= x.shape[2]:
+        return orthogonalise(x.contiguous(), _NS_COEFFICIENTS, _NS_STEPS)
+    return orthogonalise(x.mT.contiguous(), _NS_COEFFICIENTS, _NS_STEPS).mT
+
+
+@accelerated
+def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Each matrix over its norm, then `steps` times x <- x (a + b x^T x + c (x^T x)^2).
+
+    Args:
+        x: (N, rows, columns), no more columns than rows.
+        coefficients: a, b, c.
+    """
+    a, b, c = coefficients
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32) + 1e-7).to(x.dtype)
-    for _ in range(_NS_STEPS):
-        gram = torch.bmm(x, x.mT)
+    for _ in range(steps):
+        gram = torch.bmm(x.mT, x)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
-    return x.mT if tall else x
-
-
-def _kernel_is_faster(x: Tensor) -> bool:
-    """Ours makes half of a symmetric product, but a thread a matrix, and has no AMX; larger ones leave its cache."""
-    fitting = len(x) >= torch.get_num_threads() and x[0].numel() <= 2**21
-    return x.dtype == torch.bfloat16 and fitting and kernels.made_for(x) and not torch.cpu._is_amx_tile_supported()
+        x = torch.baddbmm(x, x, poly, beta=a)
+    return x
 
 
 def _matrices(stack: Tensor, halves: int) -> list[Tensor]:

@@ -47,9 +47,9 @@ def run(name: str, dtype: torch.dtype, work: int, tensors: tuple[Tensor | None, 
 
     With tensors on the meta device, which have shapes only, nothing is to be done.
     """
-    addresses = [None if x is None else x.data_ptr() for x in tensors]
-    if not addresses[0] and tensors[0] is not None and tensors[0].is_meta:  # an empty tensor has no address either
+    if tensors[0] is not None and tensors[0].is_meta:
         return
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
     threads = 1 if work < WORK_OF_A_THREAD else min(torch.get_num_threads(), work // WORK_OF_A_THREAD + 1)
     _function(name, dtype)(*addresses, *numbers, threads)
 

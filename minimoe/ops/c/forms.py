@@ -1,0 +1,241 @@
+"""The compiled functions as forms: which arguments each can take, and when it is the faster one.
+
+T tokens, k experts per token, E experts, D hidden, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minimoe.ops import c
+from minimoe.ops.autocast import compute_dtype
+from minimoe.ops.c.library import why_not
+from minimoe.ops.door import FORMS, Form, needs_gradient, ordinary, untouched
+from minimoe.ops.heads import Heads
+from minimoe.ops.moe import combine, grads_of_slots, sort_by_expert, stacked
+
+_FLOATS = (torch.float32, torch.bfloat16)
+_FEW_ROWS = 6  # a matrix, on average, up to which reading it once is the faster way
+_NEWTON_SCHULZ_LARGEST = 2**21  # entries of a matrix; larger ones leave a core's cache
+
+
+def _add(definition: str, suits: Callable[..., bool], run: Callable[..., Any]) -> None:
+    """A compiled form goes before the others; whether there is a compiler is asked last, as it may compile."""
+    FORMS[definition].insert(0, Form("c", lambda *args: suits(*args) and _there(), run))
+
+
+@torch.compiler.assume_constant_result
+def _there() -> bool:
+    return why_not() is None
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _takes(*tensors: Tensor, float32: tuple[Tensor, ...] = ()) -> bool:
+    """Contiguous on the CPU, of float32 or bfloat16 alike, and others of float32."""
+    dtype = tensors[0].dtype
+    if dtype not in _FLOATS or not ordinary(*tensors, *float32):
+        return False
+    for x in tensors:  # loops, as this is asked hundreds of times a step
+        if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
+            return False
+    for x in float32:
+        if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return False
+    return True
+
+
+def _takes_rows(*tensors: Tensor) -> bool:
+    """The same of matrices whose rows may be apart, as in a slice of columns."""
+    dtype = tensors[0].dtype
+    contiguous = all(x.dtype == dtype and x.is_cpu and x.stride(-1) == 1 for x in tensors)
+    return dtype in _FLOATS and contiguous and ordinary(*tensors)
+
+
+# ---- passes over rows ----
+
+_add("norm_rows", lambda x, weight, eps, dtype: dtype in _FLOATS and _takes(x, float32=(x, weight)), c.rms_norm)
+_add(
+    "norm_rows_backward",
+    lambda x, weight, grad, eps: _takes(grad, float32=(x, weight)),
+    c.rms_norm_backward,
+)
+_add("gather_rows", lambda rows, ids: _takes(rows), c.gather_rows)
+_add("sum_slots", lambda rows, places: _takes(rows), c.sum_slots)
+_add(
+    "weighted_swiglu",
+    lambda gate_up, weights: _takes(gate_up, float32=() if weights is None else (weights,)),
+    c.swiglu,
+)
+_add(
+    "weighted_swiglu_backward",
+    lambda gate_up, weights, grad: _takes(gate_up, grad, float32=(weights,)),
+    c.swiglu_backward,
+)
+_add(
+    "prepare_heads",
+    lambda q, k, v, gains, cos, sin, *_: _takes_rows(q, k, v) and _takes(gains, float32=(gains, cos, sin)),
+    lambda *args: Heads(*c.heads(*args)),
+)
+_add(
+    "prepare_heads_backward",
+    lambda q, k, v, gains, cos, sin, eps, length, grad_q, grad_k, grad_v: _takes(
+        grad_q, float32=(gains, cos, sin, grad_k, grad_v)
+    )
+    and _takes_rows(q, k, v, grad_q),
+    c.heads_backward,
+)
+
+
+# ---- the experts ----
+
+
+class _SwiGLUExperts(torch.autograd.Function):
+    """All experts on rows sorted by expert, in one call whose matmuls read the tokens themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        order: Tensor,
+        token_ids: Tensor,
+        ends: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        row_weights = weights.flatten()[order]
+        hidden, out = c.grouped_swiglu(tokens, token_ids, row_weights, gate_up, down, ends)
+        ctx.save_for_backward(tokens, token_ids, row_weights, gate_up, down, ends, hidden, order)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, order = ctx.saved_tensors
+        grad_rows, grad_row_weights, *grads = c.grouped_swiglu_backward(*operands, grad_out.contiguous())
+        grad_tokens, _, grad_weights = grads_of_slots(operands[0], order, grad_rows, grad_row_weights)
+        return grad_tokens, None, None, None, grad_weights, *grads
+
+
+def _many_rows(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> Tensor:
+    slots = sort_by_expert(expert_ids, experts.num_experts)
+    x = tokens.to(compute_dtype(tokens)).contiguous()
+    rows = _SwiGLUExperts.apply(x, *slots, weights, experts.gate_up_proj, experts.down_proj)
+    return combine(rows, slots.order, expert_ids.shape[1]).to(tokens.dtype)
+
+
+def _many_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
+    """It is faster than a library's matmuls if its tiles stay in registers, if bf16 is multiplied in vectors (AMX's tiles
+    are faster), and if every thread has a panel of columns."""
+    if not (tokens.is_cpu and stacked(experts, tokens, weights) and weights.dtype == torch.float32):
+        return False
+    down = experts.down_proj
+    return (
+        _takes(down, float32=(down, experts.gate_up_proj))
+        and down.shape[1] % c.PANEL == down.shape[2] % c.PANEL == 0
+        and down.shape[2] >= c.PANEL * _threads()
+        and _multiplies(compute_dtype(tokens))
+    )
+
+
+@torch.compiler.assume_constant_result
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies it in vectors of 512 bits, and in nothing faster."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 and torch.cpu._is_avx512_supported()
+
+
+def _few_rows(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> Tensor:
+    """Decoding: each chosen matrix is read once."""
+    matrices = (experts.gate_up_proj, _scales(experts, "gate_up"), experts.down_proj, _scales(experts, "down"))
+    return c.experts_few(*matrices, tokens, expert_ids, weights.contiguous()).to(tokens.dtype)
+
+
+def _scales(experts: Any, name: str) -> Tensor | None:
+    """Of experts that are rounded to int8."""
+    return getattr(experts, f"{name}_scales", None)
+
+
+def _few_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
+    if not (tokens.is_cpu and expert_ids.numel() <= _FEW_ROWS * len(experts)):
+        return False
+    if not (untouched(experts, "Experts") or untouched(experts, "PackedExperts")):
+        return False
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    return (
+        ordinary(tokens, expert_ids, weights, gate_up, down)
+        and not needs_gradient(tokens, weights, gate_up, down)
+        and tokens.dtype in _FLOATS
+        and compute_dtype(tokens) == tokens.dtype
+        and gate_up.dtype == down.dtype
+        and down.dtype in (tokens.dtype, torch.int8)
+        and gate_up.is_contiguous()
+        and down.is_contiguous()
+        and expert_ids.is_contiguous()
+        and weights.dtype == torch.float32
+    )
+
+
+for path in ("replicated", "grouped"):
+    _add(path, _many_rows_suit, _many_rows)
+    _add(path, _few_rows_suit, _few_rows)
+
+
+# ---- decoding: definitions in generation/packed.py ----
+
+
+def _linear_few(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> Tensor:
+    scaling = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return c.linear_few(*matrix.stored, x, *scaling, None if add is None else add.float()).to(x.dtype)
+
+
+def _linear_few_suits(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> bool:
+    return len(x) <= _FEW_ROWS and x.is_cpu
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    batch, heads, _, head_dim = q.shape
+    groups = q.reshape(batch, keys.shape[1], -1, head_dim)  # the heads that share a key head are neighbours
+    row_bias = None if bias is None else bias.view(batch, -1).float()
+    return c.attend(groups, keys, values, row_bias, scaling).view(batch, heads, 1, head_dim)
+
+
+def _attend_suits(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> bool:
+    """One query a head over the beginning of contiguous buffers, as `PreallocatedCache` has them."""
+    strides = (keys.shape[1] * keys.stride(1), keys.stride(1), keys.shape[3], 1)
+    return (
+        q.shape[2] == 1
+        and ordinary(q, keys, values)
+        and q.is_cpu
+        and q.dtype == keys.dtype == values.dtype
+        and q.dtype in _FLOATS
+        and keys.stride() == values.stride() == strides
+        and (bias is None or bias.shape[:3] == (q.shape[0], 1, 1))
+        and not needs_gradient(q, keys, values)
+    )
+
+
+_add("linear", _linear_few_suits, _linear_few)
+_add("cached_attention", _attend_suits, _attend)
+
+
+# ---- the optimizer ----
+
+
+def _newton_schulz_suits(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> bool:
+    """It makes half of a symmetric matrix, but a thread computes one, and it has no AMX."""
+    fitting = len(x) >= _threads() and x[0].numel() <= _NEWTON_SCHULZ_LARGEST
+    return x.dtype == torch.bfloat16 and fitting and _takes(x) and not torch.cpu._is_amx_tile_supported()
+
+
+_add("orthogonalise", _newton_schulz_suits, lambda x, coefficients, steps: c.newton_schulz(x, *coefficients, steps))
