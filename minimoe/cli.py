@@ -64,7 +64,8 @@ def _options(
 @app.command(epilog="Example: minimoe tokenizer configs/quickstart/tokenizer.yaml tokenizer.vocab_size=8192")
 def tokenizer(config: Config, overrides: Overrides = None) -> None:
     """Train a byte-level BPE tokenizer on the documents of a config."""
-    from minimoe.config import TokenizerRun, load_config
+    from minimoe.config import TokenizerRun
+    from minimoe.config_file import load_config
     from minimoe.train.tokenizer import run
 
     run(load_config(TokenizerRun, config, overrides or ()))
@@ -74,7 +75,8 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Train a model from scratch."""
     _one_of(resume, overwrite)
-    from minimoe.config import PretrainRun, load_config
+    from minimoe.config import PretrainRun
+    from minimoe.config_file import load_config
 
     loaded = load_config(PretrainRun, config, overrides or ())
     with _large_imports():
@@ -87,7 +89,8 @@ def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Fine-tune a model on conversations (supervised fine-tuning)."""
     _one_of(resume, overwrite)
-    from minimoe.config import SftRun, load_config
+    from minimoe.config import SftRun
+    from minimoe.config_file import load_config
 
     loaded = load_config(SftRun, config, overrides or ())
     with _large_imports():
@@ -103,15 +106,13 @@ def preview(
     count: Annotated[int, typer.Option(min=1, help="examples to print")] = 3,
 ) -> None:
     """Print the first examples as the trainer sees them: learned tokens coloured, masked ones dim."""
-    from minimoe.config import PretrainRun, SftRun, config_keys, load_config
+    from minimoe.config_file import load_training_run
 
+    loaded = load_training_run(config, overrides or ())
     with _large_imports():
         from minimoe.data.preview import run
 
-    if "init_from" in config_keys(config):
-        run(load_config(SftRun, config, overrides or ()), count)
-    else:
-        run(load_config(PretrainRun, config, overrides or ()), count)
+    run(loaded, count)
 
 
 @app.command(
@@ -207,7 +208,8 @@ def _one_of(resume: bool, overwrite: bool) -> None:
 
 
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
-    from minimoe.config import GenerateRun, load_config
+    from minimoe.config import GenerateRun
+    from minimoe.config_file import load_config
 
     # Bare, or with their section as the YAML file has them.
     dotted = [f"generation.{word.removeprefix('generation.')}" for word in _join_flags(overrides)]

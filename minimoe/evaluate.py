@@ -19,7 +19,6 @@ from rich.table import Table
 
 from minimoe.errors import UserError
 from minimoe.failpoints import failpoint
-from minimoe.model.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from minimoe.data.loader import Validation
@@ -67,7 +66,7 @@ def evaluate_model(
             failpoint("evaluate.batch")
             poll()
             if index % world == rank:
-                num_tokens = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+                num_tokens = int(batch.num_items())
                 outputs = model(**batch.to(device).model_inputs(), skip_logits=True, use_cache=False)
                 nats += outputs.lm_loss.item() * num_tokens
                 tokens += num_tokens

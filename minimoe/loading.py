@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-import minimoe.model.decoder  # noqa: F401  (registers our architecture with AutoModelForCausalLM)
+from minimoe.device import pick_device
 from minimoe.errors import UserError
 from minimoe.folder import check_folder, read_object
 from minimoe.model.config import MAX_LAYERS, architecture_problems, num_parameters
@@ -89,19 +89,6 @@ def check_vocabulary(model: Any, tokenizer: Any, where: str = "") -> None:
             where=where,
             mend="use the tokenizer the model was trained with",
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, or a device by name that this machine must have."""
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # "meta" exists, but computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"device {name!r} is not available here", mend="use auto or cpu") from None
-    return device
 
 
 def _check_size(folder: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minimoe.config import PretrainRun, SftRun, TokenizerRun, dump_config, load_config
+from minimoe.config import PretrainRun, SftRun, TokenizerRun
+from minimoe.config_file import dump_config, load_config, load_training_run
 from minimoe.errors import UserError
 
 BASE = """\
@@ -42,6 +43,22 @@ def test_overrides_win_over_yaml_and_yaml_over_defaults(tmp_path):
 def test_the_resolved_config_reads_back_as_itself(tmp_path):
     config = load(tmp_path, BASE)
     assert load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize("key", ["stage", "chat"])
+def test_what_the_class_of_a_run_says_is_no_key_of_its_file(tmp_path, key):
+    assert key not in yaml.safe_load(dump_config(load(tmp_path, BASE)))
+    assert f"{key}: unknown key" in refusal(tmp_path, BASE, f"{key}=sft")
+
+
+def test_the_stage_of_a_file_is_told_by_its_keys(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    assert load_training_run(path).stage == "pretrain"
+    path.write_text("output_dir: out\ninit_from: m\ndata: {train: a.txt}\ntrain: {max_steps: 10}\n")
+    assert load_training_run(path, ["seed=3"]).stage == "sft"
+    with pytest.raises(UserError, match="init_form: unknown key"):
+        load_training_run(path, ["init_form=m"])
 
 
 def test_off_is_a_word_and_1e_4_is_a_number(tmp_path):
@@ -91,7 +108,7 @@ def test_all_problems_are_reported_together(tmp_path):
     ("override", "message"),
     [
         ("train.epochs=2", "exactly one of max_steps or epochs"),
-        ("schedule.warmup_steps=11", "warmup_steps 11 is more than train.max_steps 10"),
+        ("schedule.warmup_steps=11", "warmup_steps 11 is more than the run's 10 steps"),
         ("train.micro_batch_size=5", "micro_batch_size 5 does not divide batch_size 32"),
         ("data.train=[]", "non-empty list"),
         ("data.train={hub: a/b, path: c}", "exactly one of path or hub"),
@@ -142,17 +159,13 @@ def test_every_shipped_config_loads_and_explains_every_key(path):
 
 def test_minimind_recipes_have_the_published_sizes():
     """Millions of (total, active) parameters; published are 145M for hidden 640, and 198M with 64M active for 768."""
-    import torch
-
-    from minimoe import MiniMoeConfig, MiniMoeForCausalLM
-    from minimoe.train.plan import count_parameters
+    from minimoe.model.config import num_parameters
 
     sizes = {}
     for path in RECIPES:
         if path.parent.name == "minimind" and path.stem.startswith("pretrain"):
-            with torch.device("meta"):
-                model = MiniMoeForCausalLM(MiniMoeConfig(**yaml.safe_load(path.read_text())["model"]))
-            sizes[path.stem] = tuple(round(count / 1e6) for count in count_parameters(model))
+            model = yaml.safe_load(path.read_text())["model"]
+            sizes[path.stem] = tuple(round(num_parameters(model, active=active) / 1e6) for active in (False, True))
     assert sizes["pretrain_640"][0] == 145
     assert sizes["pretrain_768"] == (198, 64)
     assert sizes["pretrain_512"] == (95, 60)  # not published; counted by hand from the seed's shapes

@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minimoe import tokenizer as tok
-from minimoe.config import DataConfig
+from minimoe.config import DataConfig, Stage
 from minimoe.data.formats import Document
 from minimoe.errors import MinimoeError, StorageError, UserError
 from minimoe.failpoints import failpoint
@@ -35,7 +35,6 @@ from minimoe.failpoints import failpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Stage = Literal["pretrain", "sft"]
 Chunk = list[tuple[Document, str]]  # documents, each with its place ("stories.jsonl:12")
 
 _TIMEOUT = 300.0  # seconds; a chunk takes one or two, and the first waits for the processes to start

@@ -25,9 +25,9 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from minimoe.config import DataConfig, SourceConfig
+from minimoe.config import DataConfig, SourceConfig, Stage
 from minimoe.data import sources
-from minimoe.data.encode import Chunk, Stage, encode_all, num_characters
+from minimoe.data.encode import Chunk, encode_all, num_characters
 from minimoe.data.formats import Counts, read_documents
 from minimoe.errors import StorageError, UserError
 

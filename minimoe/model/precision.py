@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from minimoe.device import has_bf16 as has_bf16  # its owner is minimoe/device.py
+
 
 def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
     """Autocast's dtype on this device when autocast is on, else `default`."""
@@ -60,12 +62,3 @@ def few_sizes(size: int, device: torch.device, dtype: torch.dtype) -> int:
     octave = 1 << size.bit_length() >> 1  # the power of two below
     multiple = min(octave >> 3 or 1, max(octave >> 5, 64))
     return -(-size // multiple) * multiple
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself; emulated bf16 is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False

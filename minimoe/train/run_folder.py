@@ -18,7 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from minimoe.config import TrainingRun, dump_config
+from minimoe.config import TrainingRun
+from minimoe.config_file import dump_config
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted, UserError
 from minimoe.train.guard import SKIPPED_FOLDER
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from minimoe.config import SftRun
-from minimoe.data.loader import open_data
+from minimoe.data.loader import Data, open_data
 from minimoe.errors import UserError
 from minimoe.loading import load_model
 from minimoe.model.decoder import MiniMoeForCausalLM
-from minimoe.train.loop import fit, make_accelerator
-from minimoe.train.preemption import StopRequest
-from minimoe.train.run_folder import run_folder
+from minimoe.train.loop import fit
+from minimoe.train.objectives import next_token
+from minimoe.train.parallel import make_accelerator
 
 
 def run(config: SftRun, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -26,18 +26,9 @@ def run(config: SftRun, *, resume: bool = False, overwrite: bool = False) -> Pat
             where=config.init_from,
             mend="give a folder written by minimoe pretrain or minimoe sft",
         )
-    limit = model.config.max_position_embeddings
-    if config.data.sequence_length > limit:
-        raise UserError(
-            f"data.sequence_length {config.data.sequence_length} is more than the model's {limit} positions",
-            where=config.init_from,
-            mend=f"set data.sequence_length to {limit} or less",
-        )
-    with (
-        run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process) as status,
-        StopRequest(status.aborted) as stop,
-    ):
-        with accelerator.main_process_first():  # the others find the shards in the cache
-            data = open_data(config.data, tokenizer, "sft", config.seed)
-        torch.manual_seed(config.seed)
-        return fit(model, tokenizer, data, config, accelerator, stop, resume=resume)
+    torch.manual_seed(config.seed)
+
+    def data() -> Data:
+        return open_data(config.data, tokenizer, config.stage, config.seed)
+
+    return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
