@@ -150,7 +150,7 @@ def test_two_processes_train_like_one_and_an_idle_expert_does_not_hang_them(tmp_
         "2",
         "--standalone",
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent)}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     outputs = []
     for prefix in ([sys.executable], launch):
         result = subprocess.run(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,7 +112,11 @@ def log_problem(
         file = f"{SKIPPED_FOLDER}/step-{row['step']:08d}-rank-{rank}.safetensors"
         with disk_errors("the batch of a skipped step", folder / file):
             (folder / SKIPPED_FOLDER).mkdir(exist_ok=True)
-            save_file(batch.tensors(), folder / file)
+            # Copies: a file can hold neither views nor tensors that share memory.
+            copies = {
+                name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in batch.tensors().items()
+            }
+            save_file(copies, folder / file)
     consequence = f"step skipped, its batch is in {folder / file}" if file else "step taken"
     logger.log_event(
         row | {"event": verdict.problem, "skipped": verdict.skipped, "batch_file": file, "batch_hash": batch.digest()},
