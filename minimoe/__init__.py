@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
+from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("MiniMoeConfig", "MiniMoeForCausalLM", "MiniMoeModel"):
+    if name in __all__:
         return getattr(importlib.import_module("minimoe.model.decoder"), name)
     raise AttributeError(f"module 'minimoe' has no attribute {name!r}")
 
@@ -32,11 +32,7 @@ class _RegisterWhenImported(importlib.abc.MetaPathFinder):
     """Finds the module of `AutoConfig` as everybody does, and registers the architecture once it has run."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        """Only of that module, and once."""
-        if name != _AUTO_CONFIG:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path) if name == _AUTO_CONFIG else None
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
@@ -49,7 +45,9 @@ class _RegisterWhenImported(importlib.abc.MetaPathFinder):
 
 
 def _register(auto: Any) -> None:
-    auto.AutoConfig.register("minimoe", importlib.import_module("minimoe.model.config").MiniMoeConfig, exist_ok=True)
+    from minimoe.model.config import MiniMoeConfig
+
+    auto.AutoConfig.register("minimoe", MiniMoeConfig, exist_ok=True)
 
 
 if _AUTO_CONFIG in sys.modules:

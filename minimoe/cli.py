@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import os
 import re
 import sys
@@ -74,29 +75,13 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: minimoe pretrain configs/quickstart/pretrain.yaml train.max_steps=100 --resume")
 def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Train a model from scratch."""
-    _one_of(resume, overwrite)
-    from minimoe.config import PretrainRun
-    from minimoe.config_file import load_config
-
-    loaded = load_config(PretrainRun, config, overrides or ())
-    with _large_imports():
-        from minimoe.train.pretrain import run
-
-    run(loaded, resume=resume, overwrite=overwrite)
+    _train("pretrain", config, overrides, resume, overwrite)
 
 
 @app.command(epilog="Example: minimoe sft configs/quickstart/sft.yaml init_from=runs/mine/final")
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Fine-tune a model on conversations (supervised fine-tuning)."""
-    _one_of(resume, overwrite)
-    from minimoe.config import SftRun
-    from minimoe.config_file import load_config
-
-    loaded = load_config(SftRun, config, overrides or ())
-    with _large_imports():
-        from minimoe.train.sft import run
-
-    run(loaded, resume=resume, overwrite=overwrite)
+    _train("sft", config, overrides, resume, overwrite)
 
 
 @app.command(epilog="Example: minimoe preview configs/quickstart/sft.yaml --count 5")
@@ -106,9 +91,10 @@ def preview(
     count: Annotated[int, typer.Option(min=1, help="examples to print")] = 3,
 ) -> None:
     """Print the first examples as the trainer sees them: learned tokens coloured, masked ones dim."""
-    from minimoe.config_file import load_training_run
+    from minimoe.config import TrainingRun
+    from minimoe.config_file import load_config
 
-    loaded = load_training_run(config, overrides or ())
+    loaded = load_config(TrainingRun, config, overrides or ())
     with _large_imports():
         from minimoe.data.preview import run
 
@@ -202,9 +188,17 @@ def _large_imports() -> Iterator[None]:
         gc.enable()
 
 
-def _one_of(resume: bool, overwrite: bool) -> None:
+def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, overwrite: bool) -> None:
+    """Run a training stage: its config and its module go by its name."""
     if resume and overwrite:
         raise UserError("both --resume and --overwrite are given", mend="give the one you mean")
+    from minimoe.config_file import TRAINING_RUNS, load_config
+
+    loaded = load_config(TRAINING_RUNS[stage], config, overrides or ())
+    with _large_imports():
+        module = importlib.import_module(f"minimoe.train.{stage}")
+
+    module.run(loaded, resume=resume, overwrite=overwrite)
 
 
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:

@@ -17,29 +17,19 @@ from minimoe.errors import UserError, shorten, suggestion
 from minimoe.strict_yaml import parse, read_yaml
 
 Config = TypeVar("Config", bound=Section)
-TRAINING_RUNS: tuple[type[TrainingRun], ...] = (PretrainRun, SftRun)
+TRAINING_RUNS: dict[str, type[TrainingRun]] = {kind.stage: kind for kind in (PretrainRun, SftRun)}
 
 
 def load_config(kind: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides and validate.
 
+    Args:
+        kind: of run; `TrainingRun` is the stage that most of the file's keys belong to.
+
     Raises:
         UserError: the file is missing or no YAML mapping, an override has no `=`, or values are wrong; every
             wrong value is named with its line or override and the rule it breaks.
     """
-    values, lines = _read(path, overrides)
-    return _validate(kind, values, lines, path)
-
-
-def load_training_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainingRun:
-    """`load_config` for a file of any training stage: the stage that most of the given keys belong to."""
-    values, lines = _read(path, overrides)
-    kind = max(TRAINING_RUNS, key=lambda kind: len(values.keys() & kind.model_fields.keys()))
-    return _validate(kind, values, lines, path)
-
-
-def _read(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values, and where each dotted key was given."""
     values, lines = ({}, {}) if path is None else read_yaml(Path(path))
     given: set[str] = set()
     for override in overrides:
@@ -48,10 +38,9 @@ def _read(path: str | Path | None, overrides: Sequence[str]) -> tuple[dict[str, 
             raise UserError(f"{key} is given twice", where="the command line", mend="keep one of the two")
         given.add(key)
         _apply_override(values, lines, override)
-    return values, lines
-
-
-def _validate(kind: type[Config], values: dict[str, Any], lines: dict[str, str], path: str | Path | None) -> Config:
+    if kind is TrainingRun:
+        stages: Any = TRAINING_RUNS.values()
+        kind = max(stages, key=lambda stage: len(values.keys() & stage.model_fields.keys()))
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -20,6 +20,7 @@ from minimoe.device import pick_device
 from minimoe.errors import UserError
 from minimoe.folder import check_folder, read_object
 from minimoe.model.config import MAX_LAYERS, architecture_problems, num_parameters
+from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.tokenizer import load_tokenizer
 
 MEND = "give a folder with config.json and model.safetensors, such as RUN/final or RUN/checkpoints/step-…"
@@ -66,6 +67,21 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
     tokenizer = load_tokenizer(str(folder))
     check_vocabulary(model, tokenizer, str(folder))
     return model.to(target).eval(), tokenizer
+
+
+def load_minimoe(path: str | Path, device: str = "auto") -> tuple[MiniMoeForCausalLM, Any]:
+    """`load_model` in float32, for what understands minimoe models only.
+
+    Raises:
+        UserError: also for another architecture.
+    """
+    model, tokenizer = load_model(path, device, torch.float32)
+    if not isinstance(model, MiniMoeForCausalLM):
+        kind = model.config.model_type
+        raise UserError(
+            f"a {kind} model; a minimoe model is needed", where=str(path), mend="give one trained by minimoe"
+        )
+    return model, tokenizer
 
 
 def model_folder(path: str | Path) -> Path:

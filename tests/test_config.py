@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minimoe.config import PretrainRun, SftRun, TokenizerRun
-from minimoe.config_file import dump_config, load_config, load_training_run
+from minimoe.config import PretrainRun, SftRun, TokenizerRun, TrainingRun
+from minimoe.config_file import dump_config, load_config
 from minimoe.errors import UserError
 
 BASE = """\
@@ -54,11 +54,11 @@ def test_what_the_class_of_a_run_says_is_no_key_of_its_file(tmp_path, key):
 def test_the_stage_of_a_file_is_told_by_its_keys(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(BASE)
-    assert load_training_run(path).stage == "pretrain"
+    assert load_config(TrainingRun, path).stage == "pretrain"
     path.write_text("output_dir: out\ninit_from: m\ndata: {train: a.txt}\ntrain: {max_steps: 10}\n")
-    assert load_training_run(path, ["seed=3"]).stage == "sft"
+    assert load_config(TrainingRun, path, ["seed=3"]).stage == "sft"
     with pytest.raises(UserError, match="init_form: unknown key"):
-        load_training_run(path, ["init_form=m"])
+        load_config(TrainingRun, path, ["init_form=m"])
 
 
 def test_off_is_a_word_and_1e_4_is_a_number(tmp_path):

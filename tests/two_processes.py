@@ -12,9 +12,8 @@ from minimoe.data.loader import open_data
 from minimoe.tokenizer import load_tokenizer
 from minimoe.train.objectives import next_token
 from minimoe.train.optim import build_optimizers
-from minimoe.train.parallel import make_accelerator
+from minimoe.train.parallel import forward_backward, make_accelerator
 from minimoe.train.pretrain import build_model
-from minimoe.train.step import forward_backward
 
 
 def main(config_path: str, folder: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.optim import Optimizer
 
 from minimoe.config import GenerationSection, TrainingRun
 from minimoe.data.loader import Data
@@ -30,14 +32,48 @@ from minimoe.train.memory import keep_freed_memory
 from minimoe.train.metrics import MetricsLogger
 from minimoe.train.objectives import Objective
 from minimoe.train.optim import build_optimizers, lr_at_step, set_lr, update_selection_bias
-from minimoe.train.parallel import ranks_may_die
+from minimoe.train.parallel import forward_backward, ranks_may_die
 from minimoe.train.plan import print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.preflight import check_run, check_schedule
 from minimoe.train.resume import resume as resume_run
-from minimoe.train.run import Run
 from minimoe.train.run_folder import claim_folder, run_folder
-from minimoe.train.step import forward_backward
+
+
+@dataclass
+class Run:
+    """What the stage gave (see `fit`), and what the loop keeps."""
+
+    config: TrainingRun
+    model: Any
+    tokenizer: Any
+    data: Data
+    objective: Objective
+    accelerator: Accelerator
+
+    wrapped: Any  # the model as training calls it: compiled, data-parallel
+    optimizers: list[Optimizer]
+    state: TrainerState
+    total_steps: int
+    stop: StopRequest
+    logger: MetricsLogger
+    saver: BackgroundSaver
+    logged_tokens: int  # at the last training row, for its tokens per second
+    logged_seconds: float
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of one forward pass on one rank."""
+        return self.config.train.micro_rows(self.accelerator.num_processes)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is behind it."""
+        return self.state.step >= self.total_steps
+
+    def due(self, every: int) -> bool:
+        """Whether what happens every so many steps, and after the last one, happens now."""
+        return self.state.step % every == 0 or self.done
 
 
 def fit(

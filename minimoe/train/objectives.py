@@ -4,7 +4,8 @@ training runs the model; the loop differentiates its loss, adds up its terms and
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,17 +20,8 @@ class Losses(NamedTuple):
     expert_counts: Tensor  # (L, E) int64: real tokens per expert of each MoE layer
 
 
-class Objective(Protocol):
-    """A function of this form."""
-
-    def __call__(self, model: Any, batch: Any, num_items: Tensor) -> Losses:
-        """Run the model.
-
-        Args:
-            batch: rows of the stage's batch, on the model's device.
-            num_items: `batch.num_items()` of the whole step, over micro-batches and ranks; divide by it.
-        """
-        ...
+# (the model, rows of the stage's batch, `num_items()` of the whole step over all ranks: what to divide by) -> Losses
+Objective = Callable[[Any, Any, Tensor], Losses]
 
 
 def next_token(model: Any, batch: Batch, num_items: Tensor) -> Losses:

@@ -1,18 +1,22 @@
-"""Device, precision and process group of a run, and what its log says when another rank dies."""
+"""A run on its device and its ranks: set up, gradients as of one batch on one of them, and the death of another."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
 
 from minimoe.config import TrainConfig
 from minimoe.device import has_bf16, pick_device
 from minimoe.errors import StorageError
+from minimoe.train.objectives import Objective
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
@@ -32,7 +36,42 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
     )
 
 
-@contextmanager
+def forward_backward(
+    model: Any, batch: Any, objective: Objective, micro_rows: int, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Add up the gradients of this rank's rows.
+
+    Args:
+        model: as `accelerator.prepare` gave it.
+        batch: this rank's part of the step's batch.
+
+    Returns:
+        The step's `loss` and its terms, scalars; and its expert counts (L, E); both over all ranks.
+    """
+    world = accelerator.num_processes
+    batch = batch.to(accelerator.device)
+    num_items = accelerator.reduce(batch.num_items())
+    micros = list(batch.split(micro_rows))
+    names: list[str] = []
+    totals = counts = None
+    for index, micro in enumerate(micros):
+        last = index == len(micros) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            losses = objective(model, micro, num_items)
+            # Data-parallel training averages gradients over ranks; the loss is already divided by the global count.
+            accelerator.backward(losses.loss * world)
+        names = ["loss", *losses.terms]
+        values = torch.stack([losses.loss, *losses.terms.values()]).detach()
+        totals = values if totals is None else totals + values
+        counts = losses.expert_counts if counts is None else counts + losses.expert_counts
+    assert totals is not None
+    assert counts is not None
+    if world > 1:
+        totals, counts = accelerator.reduce(totals), accelerator.reduce(counts)
+    return dict(zip(names, totals, strict=True)), counts
+
+
+@contextlib.contextmanager
 def ranks_may_die(accelerator: Accelerator) -> Iterator[None]:
     """Name the cause when a collective fails because another rank has gone.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,9 @@ from minimoe.model.config import num_parameters
 from minimoe.model.precision import float32_by_onednn
 from minimoe.train import checkpoint
 from minimoe.train.optim import Muon, newton_schulz
-from minimoe.train.run import Run
+
+if TYPE_CHECKING:
+    from minimoe.train.loop import Run
 
 _LEFT_OUT = ("bad_rows", "empty_rows", "dropped", "truncated")  # of the counts of the data
 

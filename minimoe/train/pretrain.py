@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from minimoe.config import PretrainRun
-from minimoe.data.loader import Data, open_data
+from minimoe.data.loader import open_data
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.tokenizer import boundary_id, load_tokenizer
@@ -25,10 +26,7 @@ def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -
     tokenizer = load_tokenizer(config.tokenizer)
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer)
-
-    def data() -> Data:
-        return open_data(config.data, tokenizer, config.stage, config.seed)
-
+    data = partial(open_data, config.data, tokenizer, config.stage, config.seed)
     return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
 
 
