@@ -112,15 +112,14 @@ class TrainLoader:
 
     def row(self, number: int) -> PackedRow:
         """Row `number` of the endless global order."""
-        source = 0
-        if self._quotas is not None:
-            source, number = self._mix(number)
+        source, number = self.locate(number)
         epoch, index = divmod(number, self.packings[source].num_rows)
         return self.packings[source].row(epoch, index)
 
-    def _mix(self, number: int) -> tuple[int, int]:
-        """The source of a global row, and its row number within that source's endless order."""
-        assert self._quotas is not None
+    def locate(self, number: int) -> tuple[int, int]:
+        """The packing of a global row, and its row number within that packing's endless order."""
+        if self._quotas is None:
+            return 0, number
         block, place = divmod(number, BLOCK_ROWS)
         if block != self._cached_block:
             owners = np.repeat(np.arange(len(self._quotas)), self._quotas)
