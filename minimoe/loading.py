@@ -23,6 +23,7 @@ from minimoe.model.config import MAX_LAYERS, architecture_problems, num_paramete
 from minimoe.model.decoder import MiniMoeForCausalLM
 from minimoe.tokenizer import load_tokenizer
 
+FINAL = "final"  # folder of a run that holds the trained model
 MEND = "give a folder with config.json and model.safetensors, such as RUN/final or RUN/checkpoints/step-…"
 
 
@@ -90,10 +91,10 @@ def model_folder(path: str | Path) -> Path:
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "not found"
         raise UserError(f"model folder {kind}: {folder}", mend=MEND)
-    for candidate in (folder, folder / "final"):
+    for candidate in (folder, folder / FINAL):
         if (candidate / "config.json").is_file():
             return candidate
-    raise UserError(f"no model in {folder}: neither config.json nor final/config.json", mend=MEND)
+    raise UserError(f"no model in {folder}: neither config.json nor {FINAL}/config.json", mend=MEND)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, where: str = "") -> None:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import tiny_model
 
 from minimoe.config import PretrainRun, SftRun, TokenizerRun, TrainingRun
 from minimoe.config_file import dump_config, load_config
 from minimoe.errors import UserError
+from minimoe.model.config import num_parameters
 
 BASE = """\
 output_dir: out
@@ -157,10 +159,25 @@ def test_every_shipped_config_loads_and_explains_every_key(path):
         assert not is_leaf or "#" in line, f"{path}:{number} has no comment"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "head_dim": 10},
+        {"n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 3},
+        {"first_k_dense_replace": 2},
+    ],
+)
+def test_parameters_by_arithmetic_are_those_of_the_model(changes):
+    model = tiny_model(**changes)
+    counted = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    idle = sum(count for name, count in counted.items() if ".experts." in name) * 4 // 6  # 2 of 6 experts are chosen
+    assert num_parameters(vars(model.config)) == sum(counted.values())
+    assert num_parameters(vars(model.config), active=True) == sum(counted.values()) - idle
+
+
 def test_minimind_recipes_have_the_published_sizes():
     """Millions of (total, active) parameters; published are 145M for hidden 640, and 198M with 64M active for 768."""
-    from minimoe.model.config import num_parameters
-
     sizes = {}
     for path in RECIPES:
         if path.parent.name == "minimind" and path.stem.startswith("pretrain"):

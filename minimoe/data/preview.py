@@ -45,7 +45,7 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
             f"{sum(learned) / len(ids):.0%} learned",
             highlight=False,
         )
-    total, share = int(batch.attention_mask.sum()), int((batch.labels != IGNORE_INDEX).sum())
+    total, share = int(batch.attention_mask.sum()), int(batch.num_items())
     console.print(Rule())
     console.print(
         f"{loader.rows_per_epoch:,} rows of {config.data.sequence_length} tokens per epoch; "

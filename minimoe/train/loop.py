@@ -23,7 +23,7 @@ from minimoe.errors import Preempted
 from minimoe.evaluate import evaluate_model
 from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Engine
-from minimoe.loading import quiet_transformers
+from minimoe.loading import FINAL, quiet_transformers
 from minimoe.model.precision import float32_by_onednn
 from minimoe.train import checkpoint
 from minimoe.train.checkpoint import BackgroundSaver, TrainerState
@@ -37,7 +37,7 @@ from minimoe.train.plan import print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.preflight import check_run, check_schedule
 from minimoe.train.resume import resume as resume_run
-from minimoe.train.run_folder import claim_folder, run_folder
+from minimoe.train.run_folder import CHECKPOINTS, claim_folder, run_folder
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _prepare(
     optimizers = build_optimizers(model, config.optimizer)
     state = TrainerState(data_fingerprint=data.fingerprint, config=values)
     if resume:
-        state = resume_run(folder / "checkpoints", model, optimizers, accelerator, state)
+        state = resume_run(folder / CHECKPOINTS, model, optimizers, accelerator, state)
     if accelerator.is_main_process:
         claim_folder(config, keep=resume)
     logger = MetricsLogger(
@@ -164,7 +164,7 @@ def _prepare(
         total_steps=total_steps,
         stop=stop,
         logger=logger,
-        saver=BackgroundSaver(folder / "checkpoints", model, tokenizer, train.keep_last),
+        saver=BackgroundSaver(folder / CHECKPOINTS, model, tokenizer, train.keep_last),
         logged_tokens=state.tokens,
         logged_seconds=logger.seconds,
     )
@@ -283,7 +283,7 @@ def _preempted(run: Run) -> Preempted:
 
 def _finish(run: Run) -> Path:
     """The trained model as a plain model folder."""
-    final = Path(run.config.output_dir) / "final"
+    final = Path(run.config.output_dir) / FINAL
     if run.accelerator.is_main_process:
         with checkpoint.written_whole(final) as temporary, quiet_transformers():
             run.model.save_pretrained(temporary)
