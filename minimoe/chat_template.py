@@ -93,11 +93,8 @@ def _worker(template: str, pid: int) -> _Worker:
 class _Worker:
     """A process that renders one template; requests and answers are lines of JSON."""
 
-    # -I keeps the working folder off the path, argv[0] keeps torch out of the import of our package.
-    _BOOT = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); sys.argv[0] = 'minimoe'; "
-        "from minimoe.chat_template import serve; serve()"
-    )
+    # -I keeps the working folder off the path.
+    _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from minimoe.chat_template import serve; serve()"
 
     def __init__(self, template: str) -> None:
         command = [sys.executable, "-I", "-c", self._BOOT, json.dumps(sys.path)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import importlib
 import os
 import re
 import sys
@@ -64,7 +65,8 @@ def _options(
 @app.command(epilog="Example: minimoe tokenizer configs/quickstart/tokenizer.yaml tokenizer.vocab_size=8192")
 def tokenizer(config: Config, overrides: Overrides = None) -> None:
     """Train a byte-level BPE tokenizer on the documents of a config."""
-    from minimoe.config import TokenizerRun, load_config
+    from minimoe.config import TokenizerRun
+    from minimoe.config_file import load_config
     from minimoe.train.tokenizer import run
 
     run(load_config(TokenizerRun, config, overrides or ()))
@@ -73,27 +75,13 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 @app.command(epilog="Example: minimoe pretrain configs/quickstart/pretrain.yaml train.max_steps=100 --resume")
 def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Train a model from scratch."""
-    _one_of(resume, overwrite)
-    from minimoe.config import PretrainRun, load_config
-
-    loaded = load_config(PretrainRun, config, overrides or ())
-    with _large_imports():
-        from minimoe.train.pretrain import run
-
-    run(loaded, resume=resume, overwrite=overwrite)
+    _train("pretrain", config, overrides, resume, overwrite)
 
 
 @app.command(epilog="Example: minimoe sft configs/quickstart/sft.yaml init_from=runs/mine/final")
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Fine-tune a model on conversations (supervised fine-tuning)."""
-    _one_of(resume, overwrite)
-    from minimoe.config import SftRun, load_config
-
-    loaded = load_config(SftRun, config, overrides or ())
-    with _large_imports():
-        from minimoe.train.sft import run
-
-    run(loaded, resume=resume, overwrite=overwrite)
+    _train("sft", config, overrides, resume, overwrite)
 
 
 @app.command(epilog="Example: minimoe preview configs/quickstart/sft.yaml --count 5")
@@ -103,15 +91,14 @@ def preview(
     count: Annotated[int, typer.Option(min=1, help="examples to print")] = 3,
 ) -> None:
     """Print the first examples as the trainer sees them: learned tokens coloured, masked ones dim."""
-    from minimoe.config import PretrainRun, SftRun, config_keys, load_config
+    from minimoe.config import TrainingRun
+    from minimoe.config_file import load_config
 
+    loaded = load_config(TrainingRun, config, overrides or ())
     with _large_imports():
         from minimoe.data.preview import run
 
-    if "init_from" in config_keys(config):
-        run(load_config(SftRun, config, overrides or ()), count)
-    else:
-        run(load_config(PretrainRun, config, overrides or ()), count)
+    run(loaded, count)
 
 
 @app.command(
@@ -201,13 +188,22 @@ def _large_imports() -> Iterator[None]:
         gc.enable()
 
 
-def _one_of(resume: bool, overwrite: bool) -> None:
+def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, overwrite: bool) -> None:
+    """Run a training stage: its config and its module go by its name."""
     if resume and overwrite:
         raise UserError("both --resume and --overwrite are given", mend="give the one you mean")
+    from minimoe.config_file import TRAINING_RUNS, load_config
+
+    loaded = load_config(TRAINING_RUNS[stage], config, overrides or ())
+    with _large_imports():
+        module = importlib.import_module(f"minimoe.train.{stage}")
+
+    module.run(loaded, resume=resume, overwrite=overwrite)
 
 
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
-    from minimoe.config import GenerateRun, load_config
+    from minimoe.config import GenerateRun
+    from minimoe.config_file import load_config
 
     # Bare, or with their section as the YAML file has them.
     dotted = [f"generation.{word.removeprefix('generation.')}" for word in _join_flags(overrides)]

@@ -1,32 +1,19 @@
-"""YAML file + dotted overrides -> one frozen, validated run config.
+"""The schema of one run: `TokenizerRun`, `PretrainRun`, `SftRun` or `GenerateRun`.
 
-One file describes one whole run: `TokenizerRun`, `PretrainRun`, `SftRun` or `GenerateRun`. Sections are pydantic
-models: unknown keys are refused with a "did you mean", every problem is reported at once with its line, nothing is
-ever mutated. Resolution order: defaults < YAML < `key.sub=value` overrides.
+Sections are pydantic models: frozen, strict about keys and types, every field with its unit and default, and the rules
+between fields beside them. `config_file.py` reads them from YAML.
 """
 
 from __future__ import annotations
 
-import difflib
+import math
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from minimoe.errors import UserError
-from minimoe.strict_yaml import parse, read_yaml
+# What a training run learns, and so how its documents are encoded: plain text, or conversations.
+Stage = Literal["pretrain", "sft"]
 
 
 class Section(BaseModel):
@@ -159,6 +146,12 @@ class ScheduleConfig(Section):
     decay_fraction: float = Field(0.4, gt=0, le=1, description="wsd: final share of the steps that decays linearly")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of the peak")
 
+    def problem(self, total_steps: int) -> str | None:
+        """Why it does not fit a run of so many steps; None when it does."""
+        if self.warmup_steps <= total_steps:
+            return None
+        return f"schedule.warmup_steps {self.warmup_steps} is more than the run's {total_steps} steps"
+
 
 class TrainConfig(Section):
     """The training loop."""
@@ -195,6 +188,14 @@ class TrainConfig(Section):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
+
+    def total_steps(self, rows_per_epoch: int) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps or math.ceil((self.epochs or 0) * rows_per_epoch / self.batch_size)
+
+    def micro_rows(self, num_processes: int) -> int:
+        """Rows of one forward pass on one rank."""
+        return self.micro_batch_size or max(self.batch_size // num_processes, 1)
 
 
 class LoggingConfig(Section):
@@ -253,18 +254,49 @@ class TokenizerRun(Section):
     data: DataConfig
 
 
-class PretrainRun(Section):
-    """`minimoe pretrain`: train a model from scratch."""
+class TrainingRun(Section):
+    """What the config of every training stage has; a stage adds where its model comes from."""
+
+    stage: ClassVar[Stage]  # the class tells it, no file does
 
     output_dir: OutputDir = Field(description="folder of the run")
-    seed: Seed = Field(0, description="seed of weights, data order and split")
-    tokenizer: str = Field(description="tokenizer folder or hub name")
-    model: dict[str, Any] = Field(description="architecture, the keys of MiniMoeConfig")
+    seed: Seed = Field(0, description="seed of new weights, data order and split")
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TrainingRun:
+        problem = self.train.max_steps and self.schedule.problem(self.train.max_steps)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Folder or hub name of the tokenizer."""
+        raise NotImplementedError
+
+    @property
+    def chat(self) -> bool:
+        """Whether the sample prompts are messages to answer, rather than the beginnings of documents."""
+        return self.stage != "pretrain"
+
+
+class PretrainRun(TrainingRun):
+    """`minimoe pretrain`: train a model from scratch."""
+
+    stage: ClassVar[Stage] = "pretrain"
+
+    tokenizer: str = Field(description="tokenizer folder or hub name")
+    model: dict[str, Any] = Field(description="architecture, the keys of MiniMoeConfig")
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The tokenizer is given by itself."""
+        return self.tokenizer
 
     @field_validator("model")
     @classmethod
@@ -282,76 +314,24 @@ class PretrainRun(Section):
             )
         return value
 
-    @model_validator(mode="after")
-    def _consistent(self) -> PretrainRun:
-        _check_warmup(self.schedule, self.train)
-        return self
 
-
-class SftRun(Section):
+class SftRun(TrainingRun):
     """`minimoe sft`: fine-tune a model on conversations."""
 
-    output_dir: OutputDir = Field(description="folder of the run")
-    seed: Seed = Field(0, description="seed of data order and split")
-    init_from: str = Field(description="model folder to start from; the architecture comes from it")
-    data: DataConfig
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig
-    logging: LoggingConfig = LoggingConfig()
+    stage: ClassVar[Stage] = "sft"
 
-    @model_validator(mode="after")
-    def _consistent(self) -> SftRun:
-        _check_warmup(self.schedule, self.train)
-        return self
+    init_from: str = Field(description="model folder to start from; architecture and tokenizer come from it")
+
+    @property
+    def tokenizer_source(self) -> str:
+        """A model folder holds its tokenizer."""
+        return self.init_from
 
 
 class GenerateRun(Section):
     """`minimoe generate --config`: decoding settings in a file."""
 
     generation: GenerationSection = GenerationSection()
-
-
-TrainingRun = PretrainRun | SftRun
-Run = TypeVar("Run", TokenizerRun, PretrainRun, SftRun, GenerateRun)
-
-
-def load_config(kind: type[Run], path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
-    """Read a YAML file, apply `key.sub=value` overrides and validate.
-
-    Raises:
-        UserError: the file is missing or no YAML mapping, an override has no `=`, or values are wrong; every
-            wrong value is named with its line or override and the rule it breaks.
-    """
-    values, lines = ({}, {}) if path is None else read_yaml(Path(path))
-    source = str(path) if path is not None else "overrides"
-    given: set[str] = set()
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in given:
-            raise UserError(f"{key} is given twice", where="the command line", mend="keep one of the two")
-        given.add(key)
-        _apply_override(values, lines, override)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise _as_user_error(kind, error, source, lines) from None
-
-
-def config_keys(path: str | Path) -> set[str]:
-    """Top-level keys of a config file: they tell what kind of run it is."""
-    return set(read_yaml(Path(path))[0])
-
-
-def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML, ready to be run again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def suggestion(key: str, known: Sequence[str]) -> str:
-    """', did you mean …?' when a known name is close to `key`, else the empty string."""
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _physical_memory() -> float:
@@ -362,89 +342,5 @@ def _physical_memory() -> float:
         return float("inf")
 
 
-def _check_warmup(schedule: ScheduleConfig, train: TrainConfig) -> None:
-    if train.max_steps is not None and schedule.warmup_steps > train.max_steps:
-        raise ValueError(
-            f"schedule.warmup_steps {schedule.warmup_steps} is more than train.max_steps {train.max_steps}"
-        )
-
-
-def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str) -> None:
-    """Set one `key.sub=value`; the value is parsed as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"override {shorten(override)} is not key=value", mend="write it like train.max_steps=100")
-    try:
-        value = parse(text, "the value")
-    except UserError as error:
-        raise UserError(f"override {shorten(override)}: {error.what}", mend="quote the value") from None
-    *parents, last = key.strip().split(".")
-    target = values
-    for depth, parent in enumerate(parents):
-        child = target.setdefault(parent, {})
-        if not isinstance(child, dict):
-            dotted = ".".join(parents[: depth + 1])
-            raise UserError(
-                f"override {shorten(override)}: {dotted} is a value, not a section", mend=f"override {dotted} itself"
-            )
-        target = child
-    target[last] = value
-    lines[key.strip()] = f"override {shorten(override)}"
-
-
-def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, lines: dict[str, str]) -> UserError:
-    """All problems of a validation in one message, each with its place."""
-    problems = []
-    for item in error.errors(include_url=False):
-        location = tuple(part for part in item["loc"] if isinstance(part, (str, int)))
-        dotted = ".".join(str(part) for part in location)
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = f"unknown key{suggestion(str(location[-1]), _known_keys(kind, location[:-1]))}"
-        elif item["type"] == "missing":
-            message = "required, but missing"
-        elif "input" in item and not isinstance(item["input"], dict) and "got" not in message:
-            message = f"{message[0].lower()}{message[1:]}, got {shorten(item['input'])}"
-        place = _nearest_line(dotted, lines, source)
-        problems.append(f"{dotted + ': ' if dotted else ''}{message} ({place})")
-    if len(problems) == 1:
-        return UserError(problems[0], mend="correct the value and run the command again")
-    listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-    return UserError(f"{len(problems)} problems in {source}\n{listing}")
-
-
-def _known_keys(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """Field names of the section at `location` inside `kind`."""
-    current: type[BaseModel] = kind
-    for part in location:
-        field = current.model_fields.get(str(part))
-        if field is None:
-            continue  # an index into a list of sources
-        sections = [item for item in _flatten(field.annotation) if isinstance(item, type) and issubclass(item, Section)]
-        if not sections:
-            return []
-        current = sections[0]
-    return list(current.model_fields)
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    arguments = getattr(annotation, "__args__", None)
-    return [annotation] if not arguments else [leaf for item in arguments for leaf in _flatten(item)]
-
-
 def _type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
-
-
-def _nearest_line(dotted: str, lines: dict[str, str], source: str) -> str:
-    while dotted:
-        if dotted in lines:
-            return lines[dotted]
-        dotted = dotted.rpartition(".")[0]
-    return source
-
-
-def shorten(value: Any, limit: int = 60) -> str:
-    """A value as messages show it."""
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,14 +1,17 @@
 """Errors a person can act on, and the exit codes of every command.
 
 An error of this module is printed as at most three lines (what is wrong, where, how to mend it) without a
-traceback; anything else that escapes a command is a bug of ours and exits with 1.
+traceback; anything else that escapes a command is a bug of ours and exits with 1. How a message shows a value, and
+what it suggests for a misspelled name, is here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -88,3 +91,15 @@ class Preempted(MinimoeError):
     """The run was asked to stop and has saved its state; start it again with --resume."""
 
     exit_code = EXIT_PREEMPTED
+
+
+def shorten(value: Any, limit: int = 60) -> str:
+    """A value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def suggestion(key: str, known: Iterable[str]) -> str:
+    """', did you mean …?' when a known name is close to `key`, else the empty string."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -11,18 +11,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from minimoe.config import DataConfig, SourceConfig
+from minimoe.data.loader import Validation, open_validation
 from minimoe.errors import UserError
 from minimoe.failpoints import failpoint
-from minimoe.model.losses import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from minimoe.data.loader import Validation
+from minimoe.loading import load_minimoe
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def evaluate_model(
             failpoint("evaluate.batch")
             poll()
             if index % world == rank:
-                num_tokens = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+                num_tokens = int(batch.num_items())
                 outputs = model(**batch.to(device).model_inputs(), skip_logits=True, use_cache=False)
                 nats += outputs.lm_loss.item() * num_tokens
                 tokens += num_tokens
@@ -93,20 +92,13 @@ def evaluate_source(
         answers_only: conversations count their assistant turns only, as in SFT, instead of the whole text.
         sequence_length: tokens of context; None is the model's, 1024 at most.
     """
-    from minimoe.config import DataConfig, SourceConfig
-    from minimoe.data.loader import open_validation
-    from minimoe.loading import load_model
-    from minimoe.model.language_model import MiniMoeForCausalLM
-
-    model, tokenizer = load_model(model_dir, device=device, dtype=torch.float32)
-    if not isinstance(model, MiniMoeForCausalLM):
-        raise UserError(f"a {model.config.model_type} model; evaluate scores minimoe models", where=model_dir)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if sequence_length and limit and sequence_length > limit:
+    model, tokenizer = load_minimoe(model_dir, device)
+    limit = model.config.max_position_embeddings
+    if sequence_length and sequence_length > limit:
         raise UserError(
             f"--sequence-length {sequence_length} is more than the model's {limit} positions", where=model_dir
         )
-    length = sequence_length or min(model.config.max_position_embeddings, 1024)
+    length = sequence_length or min(limit, 1024)
     source = SourceConfig(path=path)
     data = DataConfig(train=(source,), sequence_length=length)
     validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")

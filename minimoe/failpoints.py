@@ -15,7 +15,7 @@ import time
 from collections import Counter
 
 VARIABLE = "MINIMOE_FAILPOINTS"
-_passages: Counter[str] = Counter()
+passages: Counter[str] = Counter()  # of this process, by name
 
 
 def failpoint(name: str) -> str | None:
@@ -27,11 +27,11 @@ def failpoint(name: str) -> str | None:
     spec = os.environ.get(VARIABLE)
     if not spec:
         return None
-    _passages[name] += 1
+    passages[name] += 1
     for entry in spec.split(","):
         place, _, action = entry.partition("=")
         place, _, passage = place.partition("@")
-        if place == name and (not passage or int(passage) == _passages[name]):
+        if place == name and (not passage or int(passage) == passages[name]):
             return _act(action)
     return None
 

@@ -16,12 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-import minimoe.model.language_model  # noqa: F401  (registers our architecture with AutoModelForCausalLM)
+from minimoe.device import pick_device
 from minimoe.errors import UserError
 from minimoe.folder import check_folder, read_object
 from minimoe.model.config import MAX_LAYERS, architecture_problems, num_parameters
+from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.tokenizer import load_tokenizer
 
+FINAL = "final"  # folder of a run that holds the trained model
 MEND = "give a folder with config.json and model.safetensors, such as RUN/final or RUN/checkpoints/step-…"
 
 
@@ -68,16 +70,31 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
     return model.to(target).eval(), tokenizer
 
 
+def load_minimoe(path: str | Path, device: str = "auto") -> tuple[MiniMoeForCausalLM, Any]:
+    """`load_model` in float32, for what understands minimoe models only.
+
+    Raises:
+        UserError: also for another architecture.
+    """
+    model, tokenizer = load_model(path, device, torch.float32)
+    if not isinstance(model, MiniMoeForCausalLM):
+        kind = model.config.model_type
+        raise UserError(
+            f"a {kind} model; a minimoe model is needed", where=str(path), mend="give one trained by minimoe"
+        )
+    return model, tokenizer
+
+
 def model_folder(path: str | Path) -> Path:
     """The folder that holds `config.json`: the given one, or its `final/`."""
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "not found"
         raise UserError(f"model folder {kind}: {folder}", mend=MEND)
-    for candidate in (folder, folder / "final"):
+    for candidate in (folder, folder / FINAL):
         if (candidate / "config.json").is_file():
             return candidate
-    raise UserError(f"no model in {folder}: neither config.json nor final/config.json", mend=MEND)
+    raise UserError(f"no model in {folder}: neither config.json nor {FINAL}/config.json", mend=MEND)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, where: str = "") -> None:
@@ -89,19 +106,6 @@ def check_vocabulary(model: Any, tokenizer: Any, where: str = "") -> None:
             where=where,
             mend="use the tokenizer the model was trained with",
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, or a device by name that this machine must have."""
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # "meta" exists, but computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"device {name!r} is not available here", mend="use auto or cpu") from None
-    return device
 
 
 def _check_size(folder: Path) -> None:

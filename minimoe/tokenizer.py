@@ -13,7 +13,6 @@ Three rules hold everywhere:
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -108,9 +107,6 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if not local and (is_path or (folder.parent.name and folder.parent.is_dir())):
         raise UserError(f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`")
-    if (folder / "config.json").exists():
-        # A model's folder: AutoTokenizer warns about an architecture that is not registered.
-        importlib.import_module("minimoe.model.language_model")
     if local and not folder.is_dir():
         raise UserError(f"tokenizer folder is a file: {name}", mend="give the folder that holds tokenizer.json")
     if local:

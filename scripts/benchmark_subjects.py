@@ -35,7 +35,7 @@ from minimoe.model.attention import MiniMoeAttention, document_lengths
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.model.moe import MoEFeedForward
-from minimoe.model.precision import float32_by_onednn
+from minimoe.ops.onednn import float32_by_onednn
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.tokenizer import encode_text, train_bpe
 from minimoe.train.memory import keep_freed_memory

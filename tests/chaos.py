@@ -33,7 +33,8 @@ from conftest import SENTENCES
 from tiny_runs import CHATS, MODEL, STORIES
 
 from minimoe import cli
-from minimoe.config import PretrainRun, SftRun, dump_config, load_config
+from minimoe.config import PretrainRun, SftRun, TrainingRun
+from minimoe.config_file import dump_config, load_config
 from minimoe.errors import EXIT_IO, EXIT_PREEMPTED
 from minimoe.failpoints import VARIABLE
 from minimoe.tokenizer import train_bpe
@@ -355,7 +356,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
 
 
 def _save_every(run: Run) -> int:
-    return load_config(PretrainRun if run.command == "pretrain" else SftRun, run.config).train.save_every
+    return load_config(TrainingRun, run.config).train.save_every
 
 
 def main() -> int:

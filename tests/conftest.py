@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_runs import CHATS, MODEL, STORIES
 
+from minimoe import failpoints
 from minimoe.config import DataConfig, PretrainRun, SftRun
 from minimoe.tokenizer import load_tokenizer, train_bpe
 
@@ -32,6 +33,17 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_tokenizer_dir: Path):
     return load_tokenizer(tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def switch_on(monkeypatch) -> Callable[[str], None]:
+    """Switch failpoints on for this test, their passages counted from here."""
+
+    def switch(spec: str) -> None:
+        failpoints.passages.clear()
+        monkeypatch.setenv(failpoints.VARIABLE, spec)
+
+    return switch
 
 
 @pytest.fixture

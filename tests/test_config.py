@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import tiny_model
 
-from minimoe.config import PretrainRun, SftRun, TokenizerRun, dump_config, load_config
+from minimoe.config import PretrainRun, SftRun, TokenizerRun, TrainingRun
+from minimoe.config_file import dump_config, load_config
 from minimoe.errors import UserError
+from minimoe.model.config import num_parameters
 
 BASE = """\
 output_dir: out
@@ -42,6 +45,22 @@ def test_overrides_win_over_yaml_and_yaml_over_defaults(tmp_path):
 def test_the_resolved_config_reads_back_as_itself(tmp_path):
     config = load(tmp_path, BASE)
     assert load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize("key", ["stage", "chat"])
+def test_what_the_class_of_a_run_says_is_no_key_of_its_file(tmp_path, key):
+    assert key not in yaml.safe_load(dump_config(load(tmp_path, BASE)))
+    assert f"{key}: unknown key" in refusal(tmp_path, BASE, f"{key}=sft")
+
+
+def test_the_stage_of_a_file_is_told_by_its_keys(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    assert load_config(TrainingRun, path).stage == "pretrain"
+    path.write_text("output_dir: out\ninit_from: m\ndata: {train: a.txt}\ntrain: {max_steps: 10}\n")
+    assert load_config(TrainingRun, path, ["seed=3"]).stage == "sft"
+    with pytest.raises(UserError, match="init_form: unknown key"):
+        load_config(TrainingRun, path, ["init_form=m"])
 
 
 def test_off_is_a_word_and_1e_4_is_a_number(tmp_path):
@@ -91,7 +110,7 @@ def test_all_problems_are_reported_together(tmp_path):
     ("override", "message"),
     [
         ("train.epochs=2", "exactly one of max_steps or epochs"),
-        ("schedule.warmup_steps=11", "warmup_steps 11 is more than train.max_steps 10"),
+        ("schedule.warmup_steps=11", "warmup_steps 11 is more than the run's 10 steps"),
         ("train.micro_batch_size=5", "micro_batch_size 5 does not divide batch_size 32"),
         ("data.train=[]", "non-empty list"),
         ("data.train={hub: a/b, path: c}", "exactly one of path or hub"),
@@ -140,19 +159,30 @@ def test_every_shipped_config_loads_and_explains_every_key(path):
         assert not is_leaf or "#" in line, f"{path}:{number} has no comment"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "head_dim": 10},
+        {"n_shared_experts": 2, "first_k_dense_replace": 1, "num_hidden_layers": 3},
+        {"first_k_dense_replace": 2},
+    ],
+)
+def test_parameters_by_arithmetic_are_those_of_the_model(changes):
+    model = tiny_model(**changes)
+    counted = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    idle = sum(count for name, count in counted.items() if ".experts." in name) * 4 // 6  # 2 of 6 experts are chosen
+    assert num_parameters(vars(model.config)) == sum(counted.values())
+    assert num_parameters(vars(model.config), active=True) == sum(counted.values()) - idle
+
+
 def test_minimind_recipes_have_the_published_sizes():
     """Millions of (total, active) parameters; published are 145M for hidden 640, and 198M with 64M active for 768."""
-    import torch
-
-    from minimoe import MiniMoeConfig, MiniMoeForCausalLM
-    from minimoe.train.plan import count_parameters
-
     sizes = {}
     for path in RECIPES:
         if path.parent.name == "minimind" and path.stem.startswith("pretrain"):
-            with torch.device("meta"):
-                model = MiniMoeForCausalLM(MiniMoeConfig(**yaml.safe_load(path.read_text())["model"]))
-            sizes[path.stem] = tuple(round(count / 1e6) for count in count_parameters(model))
+            model = yaml.safe_load(path.read_text())["model"]
+            sizes[path.stem] = tuple(round(num_parameters(model, active=active) / 1e6) for active in (False, True))
     assert sizes["pretrain_640"][0] == 145
     assert sizes["pretrain_768"] == (198, 64)
     assert sizes["pretrain_512"] == (95, 60)  # not published; counted by hand from the seed's shapes

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from tiny_runs import rows, run_command, write_yaml
 
-from minimoe import failpoints
 from minimoe.config import OptimizerConfig, TrainConfig
 from minimoe.errors import NonFiniteError
 from minimoe.train import checkpoint, guard, pretrain
@@ -21,17 +20,6 @@ from minimoe.train.metrics import CLOCK_FIELDS
 from minimoe.train.optim import build_optimizers
 
 TRAIN = TrainConfig(max_steps=1000, max_skipped_steps=2, on_loss_spike="skip")
-
-
-@pytest.fixture
-def switch_on(monkeypatch):
-    """Switch failpoints on for this test."""
-
-    def switch(spec: str) -> None:
-        failpoints._passages.clear()
-        monkeypatch.setenv(failpoints.VARIABLE, spec)
-
-    return switch
 
 
 def events(folder: str | Path) -> list[dict]:

@@ -155,13 +155,13 @@ def open_mixture(write_jsonl, data_config, tiny_tokenizer, weights, seed=0):
 def test_a_weighted_mixture_has_the_shares_and_walks_each_source(write_jsonl, data_config, tiny_tokenizer):
     loader = open_mixture(write_jsonl, data_config, tiny_tokenizer, (3, 1)).train
     assert loader.rows_per_epoch == sum(packing.num_rows for packing in loader.packings)
-    numbers = [loader._mix(row) for row in range(3 * 1024)]
+    numbers = [loader.locate(row) for row in range(3 * 1024)]
     for block in range(3):
         owners = Counter(source for source, _ in numbers[block * 1024 : (block + 1) * 1024])
         assert owners == {0: 768, 1: 256}
     for source in (0, 1):
         assert [row for owner, row in numbers if owner == source] == list(range(3 * (768, 256)[source]))
-    assert loader._mix(5) == numbers[5]
+    assert loader.locate(5) == numbers[5]
     again = open_mixture(write_jsonl, data_config, tiny_tokenizer, (3, 1)).train
     assert again.batch(300, 4).digest() == loader.batch(300, 4).digest()
 

@@ -11,35 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import rows, run_command, write_yaml
+from tiny_runs import cut_back, outcome, rows, run_command, write_yaml
 
 from minimoe.data.loader import open_data
 from minimoe.errors import CheckpointError, UserError
 from minimoe.tokenizer import load_tokenizer
 from minimoe.train import checkpoint, pretrain, sft
-from minimoe.train.metrics import CLOCK_FIELDS
 
 MODEL = {"attention_dropout": 0.1, "scoring_func": "sigmoid", "router_bias_update_rate": 0.01}
-
-
-def outcome(folder: str | Path) -> dict[str, object]:
-    """All that a run leaves behind, without what depends on the clock."""
-    folder = Path(folder)
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    files = [file for place in (newest, folder / "final") for file in sorted(place.iterdir())]
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files} | {
-        "rows": [{key: value for key, value in row.items() if key not in CLOCK_FIELDS} for row in rows(folder)]
-    }
-
-
-def cut_back(folder: str | Path, step: int) -> Path:
-    """Make a finished run one that was killed after its checkpoint of `step`; returns that checkpoint."""
-    folder = Path(folder)
-    for path in (folder / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    shutil.rmtree(folder / "final", ignore_errors=True)
-    return folder / "checkpoints" / f"step-{step:08d}"
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -101,9 +99,8 @@ def test_plain_text_for_sft_is_a_user_error_that_names_the_formats(prepare, writ
 
 
 def test_the_shard_is_the_same_whatever_the_number_of_processes(prepare, write_jsonl, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["minimoe"])  # as under the command: workers do not import the model
-    monkeypatch.setattr(encode, "_CHUNKS_IN_PROCESS", 2)
-    monkeypatch.setattr(shards, "_CHUNK_CHARACTERS", 200)
+    monkeypatch.setattr(encode, "CHUNKS_IN_PROCESS", 2)
+    monkeypatch.setattr(shards, "CHUNK_CHARACTERS", 200)
     path = write_jsonl([{"text": f"document number {number} about a cat"} for number in range(100)])
     one = prepare(path, num_processes=1, cache_dir=str(tmp_path / "one"))
     two = prepare(path, num_processes=2, cache_dir=str(tmp_path / "two"))
@@ -111,19 +108,6 @@ def test_the_shard_is_the_same_whatever_the_number_of_processes(prepare, write_j
     assert documents_of(one) == documents_of(two)
     assert one.num_bytes.tolist() == two.num_bytes.tolist()
     assert one.counts == two.counts
-
-
-def _die(*_):
-    os._exit(9)
-
-
-def test_a_tokenisation_process_that_dies_is_a_storage_error(prepare, write_jsonl, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["minimoe"])
-    monkeypatch.setattr(encode, "_CHUNKS_IN_PROCESS", 0)
-    monkeypatch.setattr(encode, "_encode_in_worker", _die)
-    with pytest.raises(StorageError, match="process died"):
-        prepare(write_jsonl([{"text": "a"}]), num_processes=2)
-    assert folders(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -137,9 +121,8 @@ def test_a_tokenisation_process_that_dies_is_a_storage_error(prepare, write_json
 def test_a_tokenisation_process_that_fails_names_the_cause_and_the_rows(
     prepare, write_jsonl, monkeypatch, tmp_path, action, message
 ):
-    monkeypatch.setattr(sys, "argv", ["minimoe"])
-    monkeypatch.setattr(encode, "_CHUNKS_IN_PROCESS", 0)
-    monkeypatch.setattr(encode, "_TIMEOUT", 2 if "sleep" in action else 60)
+    monkeypatch.setattr(encode, "CHUNKS_IN_PROCESS", 0)
+    monkeypatch.setattr(encode, "TIMEOUT", 2 if "sleep" in action else 60)
     monkeypatch.setenv("MINIMOE_FAILPOINTS", f"tokenise.chunk={action}")
     path = write_jsonl([{"text": text} for text in TEXTS])
     started = time.monotonic()
@@ -163,8 +146,8 @@ def test_the_cache_is_used_again_and_follows_data_tokenizer_and_settings(
     prepare, write_jsonl, monkeypatch, tiny_tokenizer_dir
 ):
     built = []
-    build = shards._build
-    monkeypatch.setattr(shards, "_build", lambda *values: built.append(1) or build(*values))
+    encode_all = shards.encode_all
+    monkeypatch.setattr(shards, "encode_all", lambda *values: built.append(1) or encode_all(*values))
     rows = [{"text": text} for text in TEXTS]
     first = prepare(write_jsonl(rows))
     again = prepare(write_jsonl(rows), sequence_length=64, num_processes=2)  # neither matters for pretraining
@@ -204,7 +187,7 @@ def test_an_interrupted_build_leaves_nothing(prepare, write_jsonl, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     path = write_jsonl([{"text": "a"}])
-    monkeypatch.setattr(shards, "_build", fail)
+    monkeypatch.setattr(shards, "encode_all", fail)
     with pytest.raises(StorageError, match="No space left"):
         prepare(path)
     assert folders(tmp_path) == []

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,7 +169,7 @@ def test_an_unusable_path_is_a_user_error(tmp_path, make, message):
 
 
 def test_a_folder_of_too_many_files_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("minimoe.data.sources._MAX_ENTRIES", 3)
+    monkeypatch.setattr("minimoe.data.sources.MAX_ENTRIES", 3)
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("x")
     for path in (tmp_path, tmp_path / "*.txt"):
@@ -197,8 +198,6 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
 def test_a_hub_dataset_gives_its_rows(monkeypatch, streaming):
     import datasets
 
-    from minimoe.data import sources
-
     asked = []
 
     def load_dataset(path, **values):
@@ -207,7 +206,7 @@ def test_a_hub_dataset_gives_its_rows(monkeypatch, streaming):
         return dataset.to_iterable_dataset() if streaming else dataset
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources, "_hub_commit", lambda source: "commit")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: SimpleNamespace(sha="commit"))
     source = SourceConfig(hub="org/stories", subset="small", split="test", streaming=streaming)
     rows = list(read_rows(source))
     assert [row.values["text"] for row in rows] == ["a", "b"]

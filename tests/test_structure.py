@@ -15,19 +15,21 @@ BELOW = {
     "errors": set(),
     "failpoints": set(),
     "kernels": set(),
-    "model": {"kernels"},
+    "device": {"errors"},
+    "model": {"kernels", "device", "errors"},
+    "config": {"model"},
     "strict_yaml": {"errors"},
-    "config": {"strict_yaml", "errors", "model"},
+    "config_file": {"config", "strict_yaml", "errors"},
     "folder": {"errors"},
     "chat_template": {"errors"},
-    "tokenizer": {"config", "errors", "model", "chat_template", "folder"},
+    "tokenizer": {"errors", "chat_template", "folder"},
     "data": {"tokenizer", "config", "errors", "model", "failpoints"},
-    "loading": {"tokenizer", "config", "errors", "model", "folder"},
+    "loading": {"tokenizer", "errors", "model", "folder", "device"},
     "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
     "generation": {"loading", "tokenizer", "config", "errors", "model", "kernels"},
     "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "kernels"}
-    | {"tokenizer"},
-    "cli": {"train", "generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model"},
+    | {"tokenizer", "config_file", "device"},
+    "cli": {"train", "generation", "evaluate", "data", "config", "config_file", "errors"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -57,9 +59,8 @@ def test_every_module_says_what_it_is(path):
 @pytest.mark.parametrize("command", ["", "pretrain", "sft", "tokenizer", "preview", "generate", "chat", "evaluate"])
 def test_help_answers_without_importing_torch(command):
     code = (
-        "import sys; sys.argv = ['minimoe', *sys.argv[1:]]\n"
-        "from minimoe.cli import app\n"
-        "try: app()\n"
+        "import sys; from minimoe.cli import app\n"
+        "try: app(prog_name='minimoe')\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
@@ -70,7 +71,32 @@ def test_help_answers_without_importing_torch(command):
     assert not command or "Example: minimoe" in result.stdout
 
 
-def test_importing_minimoe_registers_the_architecture_with_transformers():
-    code = "import minimoe; from transformers import AutoConfig; print(AutoConfig.for_model('minimoe').num_experts)"
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import minimoe",
+        "from transformers import AutoModelForCausalLM; import minimoe",
+        "import minimoe, transformers.modeling_layers",  # which is half imported when the Auto classes are
+        "from minimoe.model.config import MiniMoeConfig",
+        "import minimoe.tokenizer; from transformers import AutoTokenizer",
+    ],
+)
+def test_importing_minimoe_registers_the_architecture_whatever_came_before(first):
+    """In a program called minimoe too."""
+    code = (
+        f"import sys; sys.argv[0] = 'minimoe'\n{first}\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "sizes = {'vocab_size': 64, 'hidden_size': 16, 'num_hidden_layers': 1, 'moe_intermediate_size': 8}\n"
+        "config = AutoConfig.for_model('minimoe', num_experts=3, **sizes)\n"
+        "print(AutoModelForCausalLM.from_config(config).model.layers[0].mlp.gate.weight.shape[0])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == "4", result.stderr
+    assert result.stdout.strip() == "3", result.stderr
+
+
+@pytest.mark.parametrize("module", ["minimoe", "minimoe.data.encode", "minimoe.chat_template", "minimoe.tokenizer"])
+def test_a_module_without_a_model_does_without_torch(module):
+    """What the processes that tokenise and render templates import; with a plain tokenizer's class."""
+    code = f"import sys, {module}; from transformers import PreTrainedTokenizerFast; assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimoe.cli import main
-from minimoe.config import dump_config
+from minimoe.config_file import dump_config
 from minimoe.train.metrics import CLOCK_FIELDS
 
 STORIES = [
@@ -55,6 +57,26 @@ def training_rows(folder: str | Path) -> list[dict]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
 
     return load_file(folder / "model.safetensors")
+
+
+def outcome(folder: str | Path) -> dict[str, object]:
+    """All that a run leaves behind, without what depends on the clock."""
+    folder = Path(folder)
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    files = [file for place in (newest, folder / "final") for file in sorted(place.iterdir())]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files} | {
+        "rows": [{key: value for key, value in row.items() if key not in CLOCK_FIELDS} for row in rows(folder)]
+    }
+
+
+def cut_back(folder: str | Path, step: int) -> Path:
+    """Make a finished run one that was killed after its checkpoint of `step`; returns that checkpoint."""
+    folder = Path(folder)
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "final", ignore_errors=True)
+    return folder / "checkpoints" / f"step-{step:08d}"
 
 
 def run_command(monkeypatch, *words: str) -> int:

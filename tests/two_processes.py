@@ -6,11 +6,13 @@ import sys
 
 import torch
 
-from minimoe.config import PretrainRun, load_config
+from minimoe.config import PretrainRun
+from minimoe.config_file import load_config
 from minimoe.data.loader import open_data
 from minimoe.tokenizer import load_tokenizer
-from minimoe.train.loop import _forward_backward, make_accelerator
+from minimoe.train.objectives import next_token
 from minimoe.train.optim import build_optimizers
+from minimoe.train.parallel import forward_backward, make_accelerator
 from minimoe.train.pretrain import build_model
 
 
@@ -29,7 +31,8 @@ def main(config_path: str, folder: str) -> None:
     idle_tokens, hashes, gradients = 0, [], {}
     for step in range(20):
         batch = data.train.batch(step, config.train.batch_size, accelerator.process_index, accelerator.num_processes)
-        _, counts = _forward_backward(wrapped, batch, config.train, accelerator)
+        micro_rows = config.train.micro_rows(accelerator.num_processes)
+        _, counts = forward_backward(wrapped, batch, next_token, micro_rows, accelerator)
         if step == 0:
             gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         for optimizer in optimizers:

@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minimoe import tokenizer as tok
-from minimoe.config import DataConfig
+from minimoe.config import DataConfig, Stage
 from minimoe.data.formats import Document
 from minimoe.errors import MinimoeError, StorageError, UserError
 from minimoe.failpoints import failpoint
@@ -35,11 +35,10 @@ from minimoe.failpoints import failpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Stage = Literal["pretrain", "sft"]
 Chunk = list[tuple[Document, str]]  # documents, each with its place ("stories.jsonl:12")
 
-_TIMEOUT = 300.0  # seconds; a chunk takes one or two, and the first waits for the processes to start
-_CHUNKS_IN_PROCESS = 6  # up to about 6 MB are encoded without starting processes
+TIMEOUT = 300.0  # seconds; a chunk takes one or two, and the first waits for the processes to start
+CHUNKS_IN_PROCESS = 6  # up to about 6 MB are encoded without starting processes
 
 
 @dataclass
@@ -59,9 +58,9 @@ def encode_all(
     chunks: Iterator[Chunk], tokenizer: PreTrainedTokenizerBase, stage: Stage, data: DataConfig
 ) -> Iterator[Encoded]:
     """Encoded chunks in order, by several processes where there is enough data for it to pay."""
-    head = list(islice(chunks, _CHUNKS_IN_PROCESS + 1))
+    head = list(islice(chunks, CHUNKS_IN_PROCESS + 1))
     workers = data.num_processes or _available_cores()
-    if workers == 1 or len(head) <= _CHUNKS_IN_PROCESS:
+    if workers == 1 or len(head) <= CHUNKS_IN_PROCESS:
         for chunk in chain(head, chunks):
             yield encode(chunk, tokenizer, stage, data.sequence_length)
         return
@@ -91,7 +90,7 @@ def _result(chunk: Chunk, future: Future[Encoded]) -> Encoded:
     """
     where = f"{chunk[0][1]} to {chunk[-1][1]}"
     try:
-        return future.result(timeout=_TIMEOUT)
+        return future.result(timeout=TIMEOUT)
     except MinimoeError:
         raise
     except BrokenProcessPool:
@@ -99,7 +98,7 @@ def _result(chunk: Chunk, future: Future[Encoded]) -> Encoded:
         raise StorageError("a tokenisation process died", where=where, mend=mend) from None
     except TimeoutError:
         mend = "start again; if it hangs again, look at these rows or set data.num_processes: 1"
-        raise StorageError(f"a tokenisation process is silent for {_TIMEOUT:g} s", where=where, mend=mend) from None
+        raise StorageError(f"a tokenisation process is silent for {TIMEOUT:g} s", where=where, mend=mend) from None
     except Exception as error:
         what = f"a tokenisation process failed: {type(error).__name__}: {error}"
         raise StorageError(what, where=where, mend="look at these rows") from error

@@ -18,11 +18,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minimoe.config import DataConfig, SourceConfig, suggestion
+from minimoe.config import DataConfig, SourceConfig
 from minimoe.data.sources import BadRow, Row, cut_text, describe, read_rows
-from minimoe.errors import UserError
+from minimoe.errors import UserError, shorten, suggestion
+from minimoe.tokenizer import Message
 
-Message = dict[str, Any]
 Document = str | list[Message]
 Format = Callable[[Mapping[str, Any]], Document]
 
@@ -120,7 +120,7 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
     """
     if source.format != "auto" and source.format not in FORMATS:
         raise UserError(
-            f"unknown format {source.format!r}{suggestion(source.format, list(FORMATS))}",
+            f"unknown format {source.format!r}{suggestion(source.format, FORMATS)}",
             where=describe(source),
             mend=f"formats are auto, {', '.join(FORMATS)}",
         )
@@ -180,12 +180,12 @@ def _string(values: Mapping[str, Any], name: str) -> str:
     if value is None:
         raise BadRow(f"{name} is missing or null; a text is needed")
     if not isinstance(value, str):
-        raise BadRow(f"{name} is {_shorten(value)}; a text is needed, not {type(value).__name__}")
+        raise BadRow(f"{name} is {shorten(value)}; a text is needed, not {type(value).__name__}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow(
-            f"{name} is no valid UTF-8: {_shorten(value[error.start])} at character {error.start + 1}"
+            f"{name} is no valid UTF-8: {shorten(value[error.start])} at character {error.start + 1}"
         ) from None
     return value
 
@@ -193,7 +193,7 @@ def _string(values: Mapping[str, Any], name: str) -> str:
 def _conversation(values: Mapping[str, Any], column: str) -> list[Message]:
     turns = values.get(column)
     if not isinstance(turns, list):
-        raise BadRow(f"{column} is {_shorten(turns)}; a list of messages is needed")
+        raise BadRow(f"{column} is {shorten(turns)}; a list of messages is needed")
     return _checked(turns)
 
 
@@ -219,11 +219,11 @@ def _checked(turns: list[Any]) -> list[Message]:
 
 def _message(turn: Any) -> Message:
     if not isinstance(turn, Mapping):
-        raise BadRow(f"{_shorten(turn)} is no object with role and content")
+        raise BadRow(f"{shorten(turn)} is no object with role and content")
     given = turn.get("role") if turn.get("role") is not None else turn.get("from")
     role = ROLE_NAMES.get(given, given) if isinstance(given, str) else given
     if not isinstance(role, str) or role not in NEXT_ROLES or not role:
-        raise BadRow(f"role is {_shorten(given)}; known are system, user, assistant, tool (and human, gpt)")
+        raise BadRow(f"role is {shorten(given)}; known are system, user, assistant, tool (and human, gpt)")
 
     tool_calls = _tool_calls(turn.get("tool_calls")) if role == "assistant" else []
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
@@ -256,10 +256,5 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
             calls.append({"type": "function", "function": {"name": _string(function, "name"), "arguments": arguments}})
         json.dumps(calls, ensure_ascii=False).encode()  # half an emoji in there is a ValueError as well
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise BadRow(f"tool_calls is {_shorten(value)}; a list of calls with name and arguments is needed") from None
+        raise BadRow(f"tool_calls is {shorten(value)}; a list of calls with name and arguments is needed") from None
     return calls
-
-
-def _shorten(value: Any, limit: int = 60) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -18,19 +18,19 @@ B batch, S sequence.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from minimoe.config import DataConfig, SourceConfig
-from minimoe.data.encode import Stage
+from minimoe.config import DataConfig, SourceConfig, Stage
 from minimoe.data.packing import Documents, PackedRow, Packing, SplitPacking, WholePacking
 from minimoe.data.shards import Corpus, prepare
 from minimoe.data.sources import describe
 from minimoe.errors import UserError
+from minimoe.model.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ BLOCK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Batch:
-    """Four int64 tensors (B, S); labels are unshifted."""
+    """Four int64 tensors (B, S); labels are unshifted. A stage's own batch adds tensors with B rows."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -53,42 +53,54 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in self._tensors()))
+        return type(self)(*(tensor.to(device) for tensor in self.tensors().values()))
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most `rows` rows."""
-        pieces = zip(*(tensor.split(rows) for tensor in self._tensors()), strict=True)
-        return (Batch(*piece) for piece in pieces)
+        pieces = zip(*(tensor.split(rows) for tensor in self.tensors().values()), strict=True)
+        return (type(self)(*piece) for piece in pieces)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that is in it, by name."""
+        return dict(vars(self))
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """Keyword arguments of the model's forward."""
-        return dict(vars(self))
+        return {field.name: getattr(self, field.name) for field in fields(Batch)}
 
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.input_ids, self.labels, self.position_ids, self.attention_mask
+    def num_items(self) -> torch.Tensor:
+        """What a mean loss divides by: the learned tokens. An int64 scalar."""
+        return (self.labels[:, 1:] != IGNORE_INDEX).sum()
 
     def digest(self) -> str:
         """A hash of the contents, for metrics and resume tests."""
         digest = hashlib.blake2b(digest_size=8)
-        for tensor in self._tensors():
+        for tensor in self.tensors().values():
             digest.update(repr(tuple(tensor.shape)).encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
+class Batches(Protocol):
+    """What a stage learns from."""
+
+    rows_per_epoch: int
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """The rank's part of batch `step`: a pure function of its arguments."""
+        ...
+
+
 class TrainLoader:
-    """Endless training batches.
+    """`Batches` of packed documents, without end.
 
     Args:
         packings: one pool of rows, or one for each weighted source.
         weights: their shares; None for a single pool.
-        tokens_per_row: S.
     """
 
-    def __init__(
-        self, packings: Sequence[Packing], weights: Sequence[float] | None, seed: int, tokens_per_row: int
-    ) -> None:
-        self.packings, self.seed, self.tokens_per_row = packings, seed, tokens_per_row
+    def __init__(self, packings: Sequence[Packing], weights: Sequence[float] | None, seed: int) -> None:
+        self.packings, self.seed = packings, seed
         self.rows_per_epoch = sum(packing.num_rows for packing in packings)
         self._quotas = None if weights is None or len(packings) == 1 else apportion(weights, BLOCK_ROWS)
         self._cached_block = -1
@@ -100,15 +112,14 @@ class TrainLoader:
 
     def row(self, number: int) -> PackedRow:
         """Row `number` of the endless global order."""
-        source = 0
-        if self._quotas is not None:
-            source, number = self._mix(number)
+        source, number = self.locate(number)
         epoch, index = divmod(number, self.packings[source].num_rows)
         return self.packings[source].row(epoch, index)
 
-    def _mix(self, number: int) -> tuple[int, int]:
-        """The source of a global row, and its row number within that source's endless order."""
-        assert self._quotas is not None
+    def locate(self, number: int) -> tuple[int, int]:
+        """The packing of a global row, and its row number within that packing's endless order."""
+        if self._quotas is None:
+            return 0, number
         block, place = divmod(number, BLOCK_ROWS)
         if block != self._cached_block:
             owners = np.repeat(np.arange(len(self._quotas)), self._quotas)
@@ -138,9 +149,9 @@ class Validation:
 
 @dataclass(frozen=True)
 class Data:
-    train: TrainLoader
+    train: Batches
     validation: Validation | None
-    counts: dict[str, int]  # of the training sources, see shards.Corpus, and train_ and validation_documents
+    counts: Mapping[str, int]  # of the training sources, see shards.Corpus, and train_ and validation_documents
     fingerprint: str  # of everything that decides the batches, but the seed
 
 
@@ -179,7 +190,7 @@ def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
     counts["train_documents"] = sum(map(len, pools))
     counts["validation_documents"] = validation.num_documents if validation else 0
     return Data(
-        train=TrainLoader(packings, weights or None, seed, data.sequence_length),
+        train=TrainLoader(packings, weights or None, seed),
         validation=validation,
         counts=counts,
         fingerprint=_fingerprint(corpora, validation_fingerprints, data, stage),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from minimoe.config import PretrainRun, SftRun
+from minimoe.config import TrainingRun
 from minimoe.data.loader import open_data
 from minimoe.model.losses import IGNORE_INDEX
 from minimoe.tokenizer import load_tokenizer
@@ -24,12 +24,11 @@ LEARNED_STYLES = ("green", "cyan")
 MASKED_STYLE = "dim"
 
 
-def run(config: PretrainRun | SftRun, count: int = 3, console: Console | None = None) -> None:
+def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> None:
     """Print the first `count` training rows of a run and their share of learned tokens."""
     console = console or Console()
-    sft = isinstance(config, SftRun)
-    tokenizer = load_tokenizer(config.init_from if isinstance(config, SftRun) else config.tokenizer)
-    loader = open_data(config.data, tokenizer, "sft" if sft else "pretrain", config.seed).train
+    tokenizer = load_tokenizer(config.tokenizer_source)
+    loader = open_data(config.data, tokenizer, config.stage, config.seed).train
     count = min(count, loader.rows_per_epoch)
     batch = loader.batch(step=0, batch_size=count)
 
@@ -46,10 +45,10 @@ def run(config: PretrainRun | SftRun, count: int = 3, console: Console | None = 
             f"{sum(learned) / len(ids):.0%} learned",
             highlight=False,
         )
-    total, share = int(batch.attention_mask.sum()), int((batch.labels != IGNORE_INDEX).sum())
+    total, share = int(batch.attention_mask.sum()), int(batch.num_items())
     console.print(Rule())
     console.print(
-        f"{loader.rows_per_epoch:,} rows of {loader.tokens_per_row} tokens per epoch; "
+        f"{loader.rows_per_epoch:,} rows of {config.data.sequence_length} tokens per epoch; "
         f"learned in these {count} rows: {share / total:.0%}",
         highlight=False,
     )

@@ -25,9 +25,9 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from minimoe.config import DataConfig, SourceConfig
+from minimoe.config import DataConfig, SourceConfig, Stage
 from minimoe.data import sources
-from minimoe.data.encode import Chunk, Stage, encode_all, num_characters
+from minimoe.data.encode import Chunk, encode_all, num_characters
 from minimoe.data.formats import Counts, read_documents
 from minimoe.errors import StorageError, UserError
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _VERSION = 1  # raise it when the same input gives other shards
-_CHUNK_CHARACTERS = 1 << 20
+CHUNK_CHARACTERS = 1 << 20
 _CHECK_TOKENS = 1 << 24
 
 
@@ -196,7 +196,7 @@ def _chunks(source: SourceConfig, data: DataConfig, stage: Stage, skipped: Count
             )
         chunk.append((document, place))
         size += num_characters(document)
-        if size >= _CHUNK_CHARACTERS:
+        if size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
     if chunk:

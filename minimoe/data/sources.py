@@ -34,7 +34,7 @@ from minimoe.errors import UserError
 
 # Longer texts are cut into documents, so that one big file can be split, shuffled and tokenised in parallel.
 MAX_TEXT_BYTES = 64 * 1024
-_MAX_ENTRIES = 100_000  # of a folder: a second's search, where the whole disk was named by mistake
+MAX_ENTRIES = 100_000  # of a folder: a second's search, where the whole disk was named by mistake
 DOCUMENT_SEPARATOR = b"<|endoftext|>"
 
 
@@ -91,9 +91,9 @@ def list_files(path: str) -> list[Path]:
             return [root]
         is_folder = root.is_dir()
         walk = root.rglob("*") if is_folder else map(Path, glob.iglob(str(root), recursive=True))
-        found = list(islice(walk, _MAX_ENTRIES + 1))
-        if len(found) > _MAX_ENTRIES:
-            raise UserError(f"more than {_MAX_ENTRIES:,} files and folders in {path}", mend="name a smaller folder")
+        found = list(islice(walk, MAX_ENTRIES + 1))
+        if len(found) > MAX_ENTRIES:
+            raise UserError(f"more than {MAX_ENTRIES:,} files and folders in {path}", mend="name a smaller folder")
         if not found and not is_folder:
             raise UserError(
                 f"no such file, folder or glob: {path}",

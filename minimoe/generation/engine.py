@@ -25,9 +25,8 @@ from minimoe.generation.packed import PackedModel, weights_version, why_not_pack
 from minimoe.generation.sampling import row_generator
 from minimoe.generation.text import Detokenizer, StopFilter
 from minimoe.loading import check_vocabulary, load_model
-from minimoe.tokenizer import boundary_id, encode_prompt, encode_text
+from minimoe.tokenizer import Message, boundary_id, encode_prompt, encode_text
 
-Message = dict[str, Any]
 Prompt = str | Sequence[Message]
 
 DEFAULT_CONTEXT = 32_768  # tokens, for the few models whose config names no limit

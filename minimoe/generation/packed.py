@@ -160,7 +160,9 @@ class PackedLayer:
         self._eps = attention.q_norm.eps
         self._input_norm = PackedNorm(layer.input_layernorm)
         self._post_norm = PackedNorm(layer.post_attention_layernorm)
-        self._mlp = PackedMoE(layer.mlp, weights) if isinstance(layer.mlp, MoEFeedForward) else _dense(layer.mlp, weights)
+        self._mlp = (
+            PackedMoE(layer.mlp, weights) if isinstance(layer.mlp, MoEFeedForward) else _dense(layer.mlp, weights)
+        )
 
     def __call__(
         self,

@@ -5,7 +5,7 @@ rewrite. `PreTrainedConfig` accepts any keyword in silence; here unknown and con
 """
 
 import dataclasses
-import difflib
+import importlib
 import typing
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from minimoe.errors import suggestion
 from minimoe.model.dispatch import DISPATCHES
 
 # Written into config.json by transformers or accepted by every config, beside the declared fields.
@@ -107,6 +108,7 @@ class MiniMoeConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+        importlib.import_module("minimoe.model.language_model")  # which tells transformers what to make of this config
 
     @property
     def num_moe_layers(self) -> int:
@@ -126,8 +128,7 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
     problems: dict[str, str] = {}
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(key, sorted(fields), n=1)
-            problems[key] = "unknown key" + (f", did you mean {close[0]!r}?" if close else "")
+            problems[key] = f"unknown key{suggestion(key, sorted(fields))}"
         elif key in hints and not _has_type(value, hints[key]):
             problems[key] = f"expected {_spell(hints[key])}, got {value!r}"
     if problems:
@@ -182,21 +183,26 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
     return problems
 
 
-def num_parameters(values: Mapping[str, Any]) -> int:
-    """Parameters of the matrices of a valid architecture, by arithmetic alone; norms are left out."""
+def num_parameters(values: Mapping[str, Any], *, active: bool = False) -> int:
+    """Parameters of a valid architecture, by arithmetic alone.
+
+    Args:
+        active: leave out the routed experts that a token does not choose.
+    """
     get: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(MiniMoeConfig)} | dict(values)
-    hidden, heads = get["hidden_size"], get["num_attention_heads"]
+    hidden, heads, layers = get["hidden_size"], get["num_attention_heads"], get["num_hidden_layers"]
     head_dim = get["head_dim"] or hidden // heads
     attention = 2 * hidden * head_dim * (heads + get["num_key_value_heads"])
-    experts = 3 * hidden * get["moe_intermediate_size"] * (get["num_experts"] + get["n_shared_experts"])
-    num_dense = min(get["first_k_dense_replace"], get["num_hidden_layers"])
-    num_moe = get["num_hidden_layers"] - num_dense
-    embeddings = get["vocab_size"] * hidden * (1 if get["tie_word_embeddings"] else 2)
+    norms = 2 * (hidden + head_dim)  # before attention and feed-forward, of queries and keys
+    num_dense = min(get["first_k_dense_replace"], layers)
+    num_experts = get["num_experts_per_tok" if active else "num_experts"] + get["n_shared_experts"]
+    moe = 3 * hidden * get["moe_intermediate_size"] * num_experts + hidden * get["num_experts"]
     return (
-        embeddings
-        + get["num_hidden_layers"] * attention
+        get["vocab_size"] * hidden * (1 if get["tie_word_embeddings"] else 2)
+        + layers * (attention + norms)
         + num_dense * 3 * hidden * get["intermediate_size"]
-        + num_moe * (experts + hidden * get["num_experts"])
+        + (layers - num_dense) * moe
+        + hidden  # of the final norm
     )
 
 

@@ -14,23 +14,33 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import torch
+
 from minimoe.ops import attention, loss, moe, norm
 from minimoe.ops.autocast import compute_dtype, without_autocast
-from minimoe.ops.door import BACKENDS, FORMS, Form, accelerated, enabled, using
+from minimoe.ops.door import BACKENDS, FORMS, VARIABLE, Form, accelerated, enabled, using
 
 if find_spec("minimoe.ops.c"):
     from minimoe.ops.c import forms
 
-__all__ = ["BACKENDS", "FORMS", "Form", "accelerated", "compute_dtype", "describe", "enabled", "using", "without_autocast"]
+__all__ = [
+    "BACKENDS",
+    "FORMS",
+    "Form",
+    "accelerated",
+    "compute_dtype",
+    "describe",
+    "enabled",
+    "using",
+    "without_autocast",
+]
 
 
-def describe() -> str:
-    """Which forms may stand in on this machine's CPU, for a person."""
+def describe(device: torch.device) -> str:
+    """Which forms may stand in on this machine, for a person."""
     if not enabled():
-        return "plain torch"
-    if "c" not in enabled():
-        return "torch's, arranged for this hardware"
-    if not find_spec("minimoe.ops.c"):
-        return "torch's, slower than compiled ones: minimoe/ops/c is missing"
-    reason = forms.why_not()
+        return f"plain torch, as {VARIABLE} asks"
+    if device.type != "cpu" or "c" not in enabled():
+        return "torch's"
+    reason = forms.why_not() if find_spec("minimoe.ops.c") else "minimoe/ops/c is missing"
     return f"torch's, slower than compiled ones: {reason}" if reason else "compiled for this CPU"

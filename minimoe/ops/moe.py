@@ -112,7 +112,9 @@ def _on_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
     row_weights = weights.flatten().gather(0, slots.order)
     # Activations are weighted, not results, as what follows is linear.
     activated = (F.silu(gate) * up * row_weights[:, None]).to(dtype)
-    return combine(F.grouped_mm(activated, experts.down_proj.to(dtype).mT, offs=offsets), slots.order, k).to(tokens.dtype)
+    return combine(F.grouped_mm(activated, experts.down_proj.to(dtype).mT, offs=offsets), slots.order, k).to(
+        tokens.dtype
+    )
 
 
 def _suits_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:

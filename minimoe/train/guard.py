@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,9 +71,7 @@ class StepGuard:
 
     def collapsed(self, expert_counts: Tensor) -> list[tuple[int, int]]:
         """(layer, expert) of those now idle for `COLLAPSED_STEPS` steps; counts of a step's tokens are (L, E)."""
-        expert_counts = expert_counts.cpu()  # where every machine has float64
-        fair = expert_counts.double().mean(dim=1, keepdim=True)
-        idle = (expert_counts < COLLAPSED_SHARE * fair).tolist()
+        idle = (expert_load(expert_counts) < COLLAPSED_SHARE).tolist()
         before = self.idle_steps or [[0] * len(layer) for layer in idle]
         self.idle_steps = [
             [steps + 1 if is_idle else 0 for steps, is_idle in zip(*layers, strict=True)]
@@ -94,6 +93,12 @@ class StepGuard:
         self.loss_variance = (1 - rate) * (self.loss_variance + rate * deviation * deviation)
 
 
+def expert_load(expert_counts: Tensor) -> Tensor:
+    """Each expert's tokens over its layer's fair share: counts (L, E) -> (L, E) float64, 1 when balanced."""
+    counts = expert_counts.cpu().double()  # MPS has no float64
+    return counts / counts.mean(dim=1, keepdim=True).clamp(min=1e-9)
+
+
 def log_problem(
     verdict: Verdict, batch: Batch, row: dict[str, Any], folder: Path, rank: int, logger: MetricsLogger
 ) -> None:
@@ -107,7 +112,11 @@ def log_problem(
         file = f"{SKIPPED_FOLDER}/step-{row['step']:08d}-rank-{rank}.safetensors"
         with disk_errors("the batch of a skipped step", folder / file):
             (folder / SKIPPED_FOLDER).mkdir(exist_ok=True)
-            save_file(batch.model_inputs(), folder / file)
+            # Copies: a file can hold neither views nor tensors that share memory.
+            copies = {
+                name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in batch.tensors().items()
+            }
+            save_file(copies, folder / file)
     consequence = f"step skipped, its batch is in {folder / file}" if file else "step taken"
     logger.log_event(
         row | {"event": verdict.problem, "skipped": verdict.skipped, "batch_file": file, "batch_hash": batch.digest()},

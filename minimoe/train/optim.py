@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from minimoe.ops import accelerated
 from minimoe.config import OptimizerConfig, ScheduleConfig
-from minimoe.model.precision import has_bf16
+from minimoe.device import has_bf16
+from minimoe.model.router import TopKRouter
+from minimoe.ops import accelerated
 
 # Quintic Newton-Schulz coefficients of Muon's authors: singular values go to about [0.7, 1.2] in 5 steps.
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -71,6 +72,19 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+
+def update_selection_bias(model: nn.Module, expert_counts: Tensor, rate: float) -> None:
+    """Balance the experts without a loss, once an optimizer step: move the routers' selection bias.
+
+    Args:
+        expert_counts: (L, E) tokens of the whole step, over micro-batches and ranks.
+        rate: of the move, 0 = off.
+    """
+    if rate:
+        routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+        for router, counts in zip(routers, expert_counts, strict=True):
+            router.update_selection_bias(counts, rate)
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:

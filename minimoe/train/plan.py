@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.optim import Optimizer
 
-from minimoe import kernels
-from minimoe.config import TrainConfig, TrainingRun
-from minimoe.data.loader import Data
-from minimoe.model.precision import float32_by_onednn, has_bf16
+from minimoe import ops
+from minimoe.config import TrainConfig
+from minimoe.device import has_bf16
+from minimoe.model.config import num_parameters
+from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train import checkpoint
 from minimoe.train.optim import Muon, newton_schulz
+
+if TYPE_CHECKING:
+    from minimoe.train.loop import Run
 
 _LEFT_OUT = ("bad_rows", "empty_rows", "dropped", "truncated")  # of the counts of the data
 
 
-def print_plan(
-    model: Any,
-    data: Data,
-    config: TrainingRun,
-    accelerator: Accelerator,
-    optimizers: list[Optimizer],
-    total_steps: int,
-    done: int,
-) -> None:
+def print_plan(run: Run) -> None:
     """What the run will do, before it does it."""
-    train, architecture = config.train, model.config
-    total, active = count_parameters(model)
+    config, train, data, accelerator = run.config, run.config.train, run.data, run.accelerator
+    architecture, total_steps, done = run.model.config, run.total_steps, run.state.step
+    total, active = (num_parameters(vars(architecture), active=choice) for choice in (False, True))
     tokens_per_step = train.batch_size * config.data.sequence_length
     tokens = total_steps * tokens_per_step
-    seconds = _estimate_step_seconds(model, data, config, accelerator, optimizers) * (total_steps - done)
+    seconds = _estimate_step_seconds(run) * (total_steps - done)
     share = architecture.num_experts_per_tok / architecture.num_experts
     table = Table(show_header=False, box=None, padding=(0, 2))
     rows = {
@@ -47,7 +43,8 @@ def print_plan(
         f"{architecture.num_moe_layers} of {architecture.num_hidden_layers} layers",
         "data": f"{data.train.rows_per_epoch:,} rows of {config.data.sequence_length} tokens an epoch"
         + (f", {data.validation.num_documents:,} documents held out" if data.validation else ", nothing held out"),
-        "rows left out": ", ".join(f"{data.counts[key]:,} {key}" for key in _LEFT_OUT if data.counts[key]) or "none",
+        "rows left out": ", ".join(f"{data.counts[key]:,} {key}" for key in _LEFT_OUT if data.counts.get(key))
+        or "none",
         "steps": f"{total_steps:,} of {train.batch_size} rows = {tokens_per_step:,} tokens"
         + (f", {done:,} already done" if done else ""),
         "tokens": f"{tokens:,} ({tokens / total:.1f} per parameter, "
@@ -57,7 +54,7 @@ def print_plan(
         "precision": _precision(train, accelerator),
         "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} threads each",
-        "kernels": "torch's" if accelerator.device.type != "cpu" else _kernels(),
+        "operators": escape(ops.describe(accelerator.device)),
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
@@ -74,44 +71,28 @@ def print_plan(
     console.print(table)
 
 
-def micro_rows(train: TrainConfig, accelerator: Accelerator) -> int:
-    """Rows of one forward pass on one rank."""
-    return train.micro_batch_size or max(train.batch_size // accelerator.num_processes, 1)
-
-
-def count_parameters(model: Any) -> tuple[int, int]:
-    """(all parameters, those one token passes through): idle experts are not active."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
-    idle_share = 1 - model.config.num_experts_per_tok / model.config.num_experts
-    return total, total - round(experts * idle_share)
-
-
-def _estimate_step_seconds(
-    model: Any, data: Data, config: TrainingRun, accelerator: Accelerator, optimizers: list[Optimizer]
-) -> float:
+def _estimate_step_seconds(run: Run) -> float:
     """Time one micro-batch and one orthogonalisation; weights, moments and random state are left as they were."""
-    rng, train = checkpoint.get_rng(), config.train
-    rows = micro_rows(train, accelerator)
-    micro = data.train.batch(0, rows).to(accelerator.device)
+    rng, model, accelerator = checkpoint.get_rng(), run.model, run.accelerator
+    micro = run.data.train.batch(0, run.micro_rows).to(accelerator.device)
     model.train()
     times = []
     for _ in range(2):  # the first also pays for allocation and kernel selection
         start = time.perf_counter()
         with accelerator.autocast(), float32_by_onednn(accelerator.device, model.config.hidden_size):
-            model(**micro.model_inputs(), skip_logits=True, use_cache=False).loss.backward()
+            run.objective(model, micro, micro.num_items()).loss.backward()
         model.zero_grad()
         _finish(accelerator)
         times.append(time.perf_counter() - start)
     start = time.perf_counter()
-    for optimizer in optimizers:
+    for optimizer in run.optimizers:
         if isinstance(optimizer, Muon):
             for parameter in optimizer.param_groups[0]["params"]:
                 newton_schulz(parameter.detach() if parameter.ndim == 3 else parameter.detach()[None])
     _finish(accelerator)
     orthogonalisation = time.perf_counter() - start
     checkpoint.set_rng(rng)
-    micros = math.ceil(train.batch_size / rows / accelerator.num_processes)
+    micros = math.ceil(run.config.train.batch_size / run.micro_rows / accelerator.num_processes)
     return times[-1] * micros + orthogonalisation
 
 
@@ -126,11 +107,6 @@ def _precision(train: TrainConfig, accelerator: Accelerator) -> str:
         return f"fp32 ({train.precision})"
     emulated = not has_bf16(accelerator.device)
     return f"bf16 ({train.precision})" + (", emulated: this hardware has no bf16, fp32 is faster" if emulated else "")
-
-
-def _kernels() -> str:
-    reason = kernels.why_not()
-    return f"torch's, slower than in C: {escape(reason)}" if reason else "in C, compiled for this CPU"
 
 
 def _duration(seconds: float) -> str:

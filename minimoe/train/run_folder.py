@@ -18,12 +18,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from minimoe.config import TrainingRun, dump_config
+from minimoe.config import TrainingRun
+from minimoe.config_file import dump_config
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted, UserError
+from minimoe.loading import FINAL
 from minimoe.train.guard import SKIPPED_FOLDER
+from minimoe.train.metrics import METRICS_FILE
 
 CONFIG_FILE, STATUS_FILE = "config.yaml", "status.json"
-_USED_BY = ("checkpoints", "final", "metrics.jsonl")  # what tells a run's folder
+CHECKPOINTS = "checkpoints"
+_USED_BY = (CHECKPOINTS, FINAL, METRICS_FILE)  # what tells a run's folder
 _OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb")  # the status is the new run's by then
 _LOCK = ".lock"
 
@@ -54,7 +58,7 @@ class RunStatus:
         if not self._enabled:
             return
         if "exit_code" in values:
-            checkpoints = sorted(path.name for path in (self._folder / "checkpoints").glob("step-*"))
+            checkpoints = sorted(path.name for path in (self._folder / CHECKPOINTS).glob("step-*"))
             values |= {"ended": _now(), "newest_checkpoint": checkpoints[-1] if checkpoints else None}
         temporary = self._folder / f".{STATUS_FILE}"
         temporary.write_text(json.dumps(self._facts | values, indent=1), encoding="utf-8")

@@ -87,10 +87,9 @@ _add(
 )
 _add(
     "prepare_heads_backward",
-    lambda q, k, v, gains, cos, sin, eps, length, grad_q, grad_k, grad_v: _takes(
-        grad_q, float32=(gains, cos, sin, grad_k, grad_v)
-    )
-    and _takes_rows(q, k, v, grad_q),
+    lambda q, k, v, gains, cos, sin, eps, length, grad_q, grad_k, grad_v: (
+        _takes(grad_q, float32=(gains, cos, sin, grad_k, grad_v)) and _takes_rows(q, k, v, grad_q)
+    ),
     c.heads_backward,
 )
 

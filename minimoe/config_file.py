@@ -1,0 +1,123 @@
+"""A YAML file and `key.sub=value` overrides -> a validated config, or one error that names all that is wrong.
+
+Defaults < YAML < overrides. Unknown keys get a "did you mean", every problem is reported with its line or override.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from minimoe.config import PretrainRun, Section, SftRun, TrainingRun
+from minimoe.errors import UserError, shorten, suggestion
+from minimoe.strict_yaml import parse, read_yaml
+
+Config = TypeVar("Config", bound=Section)
+TRAINING_RUNS: dict[str, type[TrainingRun]] = {kind.stage: kind for kind in (PretrainRun, SftRun)}
+
+
+def load_config(kind: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides and validate.
+
+    Args:
+        kind: of run; `TrainingRun` is the stage that most of the file's keys belong to.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, an override has no `=`, or values are wrong; every
+            wrong value is named with its line or override and the rule it breaks.
+    """
+    values, lines = ({}, {}) if path is None else read_yaml(Path(path))
+    given: set[str] = set()
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in given:
+            raise UserError(f"{key} is given twice", where="the command line", mend="keep one of the two")
+        given.add(key)
+        _apply_override(values, lines, override)
+    if kind is TrainingRun:
+        stages: Any = TRAINING_RUNS.values()
+        kind = max(stages, key=lambda stage: len(values.keys() & stage.model_fields.keys()))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _as_user_error(kind, error, "overrides" if path is None else str(path), lines) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, ready to be run again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str) -> None:
+    """Set one `key.sub=value`; the value is parsed as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {shorten(override)} is not key=value", mend="write it like train.max_steps=100")
+    try:
+        value = parse(text, "the value")
+    except UserError as error:
+        raise UserError(f"override {shorten(override)}: {error.what}", mend="quote the value") from None
+    *parents, last = key.strip().split(".")
+    target = values
+    for depth, parent in enumerate(parents):
+        child = target.setdefault(parent, {})
+        if not isinstance(child, dict):
+            dotted = ".".join(parents[: depth + 1])
+            raise UserError(
+                f"override {shorten(override)}: {dotted} is a value, not a section", mend=f"override {dotted} itself"
+            )
+        target = child
+    target[last] = value
+    lines[key.strip()] = f"override {shorten(override)}"
+
+
+def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, lines: dict[str, str]) -> UserError:
+    """All problems of a validation in one message, each with its place."""
+    problems = []
+    for item in error.errors(include_url=False):
+        location = tuple(part for part in item["loc"] if isinstance(part, (str, int)))
+        dotted = ".".join(str(part) for part in location)
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = f"unknown key{suggestion(str(location[-1]), _known_keys(kind, location[:-1]))}"
+        elif item["type"] == "missing":
+            message = "required, but missing"
+        elif "input" in item and not isinstance(item["input"], dict) and "got" not in message:
+            message = f"{message[0].lower()}{message[1:]}, got {shorten(item['input'])}"
+        place = _nearest_line(dotted, lines, source)
+        problems.append(f"{dotted + ': ' if dotted else ''}{message} ({place})")
+    if len(problems) == 1:
+        return UserError(problems[0], mend="correct the value and run the command again")
+    listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+    return UserError(f"{len(problems)} problems in {source}\n{listing}")
+
+
+def _known_keys(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Field names of the section at `location` inside `kind`."""
+    current: type[BaseModel] = kind
+    for part in location:
+        field = current.model_fields.get(str(part))
+        if field is None:
+            continue  # an index into a list of sources
+        sections = [item for item in _flatten(field.annotation) if isinstance(item, type) and issubclass(item, Section)]
+        if not sections:
+            return []
+        current = sections[0]
+    return list(current.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    arguments = getattr(annotation, "__args__", None)
+    return [annotation] if not arguments else [leaf for item in arguments for leaf in _flatten(item)]
+
+
+def _nearest_line(dotted: str, lines: dict[str, str], source: str) -> str:
+    while dotted:
+        if dotted in lines:
+            return lines[dotted]
+        dotted = dotted.rpartition(".")[0]
+    return source

@@ -1,0 +1,90 @@
+"""A run on its device and its ranks: set up, gradients as of one batch on one of them, and the death of another."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+
+from minimoe.config import TrainConfig
+from minimoe.device import has_bf16, pick_device
+from minimoe.errors import StorageError
+from minimoe.train.objectives import Objective
+
+
+def make_accelerator(train: TrainConfig) -> Accelerator:
+    """Device, precision and process group, as the config says.
+
+    Raises:
+        UserError: the config asks for a device that this machine does not have.
+    """
+    device = pick_device(train.device, where="train.device")
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16(device))
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if bf16 else "no",
+        # Every rank computes the same selection bias itself; rank 0's copy must not overwrite it each forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def forward_backward(
+    model: Any, batch: Any, objective: Objective, micro_rows: int, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Add up the gradients of this rank's rows.
+
+    Args:
+        model: as `accelerator.prepare` gave it.
+        batch: this rank's part of the step's batch.
+
+    Returns:
+        The step's `loss` and its terms, scalars; and its expert counts (L, E); both over all ranks.
+    """
+    world = accelerator.num_processes
+    batch = batch.to(accelerator.device)
+    num_items = accelerator.reduce(batch.num_items())
+    micros = list(batch.split(micro_rows))
+    names: list[str] = []
+    totals = counts = None
+    for index, micro in enumerate(micros):
+        last = index == len(micros) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            losses = objective(model, micro, num_items)
+            # Data-parallel training averages gradients over ranks; the loss is already divided by the global count.
+            accelerator.backward(losses.loss * world)
+        names = ["loss", *losses.terms]
+        values = torch.stack([losses.loss, *losses.terms.values()]).detach()
+        totals = values if totals is None else totals + values
+        counts = losses.expert_counts if counts is None else counts + losses.expert_counts
+    assert totals is not None
+    assert counts is not None
+    if world > 1:
+        totals, counts = accelerator.reduce(totals), accelerator.reduce(counts)
+    return dict(zip(names, totals, strict=True)), counts
+
+
+@contextlib.contextmanager
+def ranks_may_die(accelerator: Accelerator) -> Iterator[None]:
+    """Name the cause when a collective fails because another rank has gone.
+
+    Raises:
+        StorageError: that is what happened.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not re.search(r"gloo|nccl|connection", str(error), re.IGNORECASE):
+            raise
+        first_line = str(error).strip().splitlines()[0]
+        raise StorageError(
+            f"another process of the run has died or no longer answers ({first_line})",
+            mend="look at its output, then start the same command with --resume",
+        ) from error

@@ -1,0 +1,60 @@
+"""Contradictions that no single value shows: config against machine, tokenizer, model and data.
+
+Each is refused as soon as it can be seen, before memory, data or a step is spent on a run that cannot work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minimoe.config import TrainingRun
+from minimoe.errors import UserError
+from minimoe.generation.engine import Engine
+
+
+def check_vocab_size(vocab_size: int, tokenizer: Any, tokenizer_source: str) -> None:
+    """A new model needs a row of its embedding for every token.
+
+    Raises:
+        UserError: it has too few.
+    """
+    if vocab_size < len(tokenizer):
+        raise UserError(
+            f"model.vocab_size {vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens",
+            where=tokenizer_source,
+            mend=f"leave model.vocab_size out, or set it to {len(tokenizer)} or more",
+        )
+
+
+def check_run(config: TrainingRun, model: Any, tokenizer: Any, num_processes: int) -> None:
+    """What can be seen before the data is prepared.
+
+    Raises:
+        UserError: fewer rows than processes, rows longer than the model's positions, or a sample prompt that cannot be
+            answered.
+    """
+    train, limit = config.train, model.config.max_position_embeddings
+    if train.batch_size < num_processes:
+        raise UserError(
+            f"train.batch_size {train.batch_size} is less than one row for each of the {num_processes} processes",
+            mend="raise train.batch_size or start fewer processes",
+        )
+    if config.data.sequence_length > limit:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} is more than model.max_position_embeddings {limit}",
+            mend=f"set data.sequence_length to {limit} or less, or give the model more positions",
+        )
+    engine = Engine(model, tokenizer)
+    for prompt in train.sample_prompts:
+        engine.encode(prompt, chat=config.chat)
+
+
+def check_schedule(config: TrainingRun, total_steps: int) -> None:
+    """What can be seen once the data is counted.
+
+    Raises:
+        UserError: a warm-up longer than the run.
+    """
+    problem = config.schedule.problem(total_steps)
+    if problem:
+        raise UserError(problem, mend="lower it or train longer")
