@@ -1,7 +1,5 @@
 """Compiled decoding, traced on a CPU: a GPU's kernels are not generated, but the graph and its cache are the same."""
 
-import functools
-
 import pytest
 import torch
 from tiny import tiny_model
@@ -10,42 +8,39 @@ from torch._dynamo.testing import CompileCounter
 from minimoe import MiniMoeForCausalLM
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
-from minimoe.generation.compiled import why_not_compiled
+from minimoe.generation.compiled import CompiledModel, why_not_compiled
 from minimoe.generation.engine import Engine
-from minimoe.model.experts import Experts, swiglu
 
 PROMPTS = ["The cat", "Once upon a time there was a small boat", "What is 3 + 4?"]
 GREEDY = GenerationSection(temperature=0, max_new_tokens=12, batch_size=3)
 COMPILED = GREEDY.model_copy(update={"compile": True})
 
 
+class CompilingEngine(Engine):
+    """Compiles on a CPU too; `counter` counts the graphs."""
+
+    counter = CompileCounter()
+
+    def fast(self, settings):
+        if not settings.compile:
+            return super().fast(settings)
+        if self._compiled is None:
+            self._compiled = CompiledModel(self.model, backend=self.counter)
+        return self._compiled
+
+
 @pytest.fixture
-def engine(tiny_tokenizer) -> Engine:
-    engine = Engine(tiny_model(vocab_size=448, num_hidden_layers=1, initializer_range=0.5), tiny_tokenizer)
+def engine(tiny_tokenizer) -> CompilingEngine:
+    torch._dynamo.reset()
+    engine = CompilingEngine(tiny_model(vocab_size=448, num_hidden_layers=1, initializer_range=0.5), tiny_tokenizer)
     engine.end_ids = frozenset()  # random weights would often end after a few tokens
+    engine.counter.clear()
     return engine
 
 
-def every_expert_on_every_row(rows, gate_up, down, weights, ends):
-    """In place of grouped products, which can be traced in bf16 only: there, greedy texts part at near ties."""
-    experts = torch.bucketize(torch.arange(len(rows)), ends, right=True)
-    outputs = torch.stack([swiglu(rows, *matrices) for matrices in zip(gate_up, down, strict=True)])  # (E, N, D)
-    return outputs[experts, torch.arange(len(rows))] * weights[:, None]
-
-
 @pytest.fixture
-def graphs(monkeypatch) -> CompileCounter:
-    """A CPU goes a GPU's way; counts the graphs."""
-    counter = CompileCounter()
-    compile_traced = functools.partial(torch.compile, backend=counter)
-    monkeypatch.setattr(
-        torch, "compile", lambda function, fullgraph, mode: compile_traced(function, fullgraph=fullgraph)
-    )
-    monkeypatch.setattr("minimoe.generation.engine.why_not_compiled", lambda _: None)
-    monkeypatch.setattr("minimoe.model.experts.grouped_mm_swiglu", every_expert_on_every_row)
-    monkeypatch.setattr(Experts, "stay_on_device", lambda *_: True)
-    torch._dynamo.reset()
-    return counter
+def graphs(engine) -> CompileCounter:
+    return engine.counter
 
 
 def test_prompts_of_unlike_lengths_decode_as_without(engine, graphs):
@@ -79,20 +74,13 @@ def test_a_cache_that_is_outrun_grows(engine, graphs):
     assert graphs.frame_count == 2
 
 
-def test_an_interrupted_step_leaves_the_conversation_as_it_was(engine, graphs, monkeypatch):
+def test_an_interrupted_answer_leaves_the_conversation_as_it_was(engine):
     session = engine.session()
     "".join(session.stream("The cat", COMPILED))
-    compiled = engine.compiled()
-    step = compiled._step
-
-    def interrupt(*args):
-        step(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compiled, "_step", interrupt)
+    pieces = session.stream("The dog", COMPILED)
+    next(pieces)
     with pytest.raises(KeyboardInterrupt):
-        "".join(session.stream("The dog", COMPILED))
-    monkeypatch.setattr(compiled, "_step", step)
+        pieces.throw(KeyboardInterrupt)
     assert "".join(session.stream("The dog", COMPILED)) == "".join(engine.stream("The dog", GREEDY))
 
 
@@ -104,7 +92,8 @@ def test_widths_that_no_grouped_product_takes_are_refused(monkeypatch):
     )
 
 
-def test_where_it_cannot_be_compiled_an_error_says_why(engine):
+def test_where_it_cannot_be_compiled_an_error_says_why(tiny_tokenizer):
+    engine = Engine(tiny_model(vocab_size=448, num_hidden_layers=1), tiny_tokenizer)
     with pytest.raises(UserError, match="the model is on cpu"):
         engine.generate(["The cat"], COMPILED)
     assert "is not MiniMoeForCausalLM" in str(why_not_compiled(torch.nn.Linear(2, 2)))

@@ -4,29 +4,20 @@ Tensors of the meta device have shapes and no values: whatever makes the host wa
 group's size, a count, a mask) is an error there. It has no autocast, so the model is bfloat16 as a whole.
 """
 
-import contextlib
-
 import pytest
 import torch
-from tiny import relative_error, tiny_config, tiny_model
+from tiny import relative_error, tiny_config, tiny_experts, tiny_model
 from transformers.cache_utils import StaticCache
 
-from minimoe.model import decoder, experts, precision
-from minimoe.model.attention import document_lengths
+from minimoe.model.documents import Documents
 from minimoe.model.language_model import MiniMoeForCausalLM
+from minimoe.ops import FORMS
 
 BATCHES = {
     "plain": (),
     "packed documents": ("position_ids",),
     "padding": ("position_ids", "attention_mask"),
 }
-
-
-@pytest.fixture
-def no_autocast(monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    for module in (decoder, experts, precision):
-        monkeypatch.setattr(module, "compute_dtype", lambda _, default: default)
 
 
 def step(model, names: tuple[str, ...]) -> None:
@@ -39,7 +30,7 @@ def step(model, names: tuple[str, ...]) -> None:
 
 
 @pytest.fixture
-def make_model(no_autocast):
+def make_model():
     def make(**overrides) -> MiniMoeForCausalLM:
         with torch.device("meta"):
             model = MiniMoeForCausalLM(tiny_config(attn_implementation="sdpa", **overrides))
@@ -51,14 +42,16 @@ def make_model(no_autocast):
 @pytest.mark.parametrize(
     ("width", "dtype", "fits"), [(24, torch.bfloat16, True), (20, torch.bfloat16, False), (24, torch.float32, False)]
 )
-def test_what_does_not_fit_the_kernel_takes_the_loop(make_model, width, dtype, fits):
-    model = make_model(moe_intermediate_size=width)
-    assert model.model.layers[0].mlp.experts.stay_on_device(torch.empty(1, dtype=dtype, device="meta")) == fits
+def test_grouped_matmuls_are_used_where_they_fit(width, dtype, fits):
+    experts = tiny_experts(4, 32, width).to("meta", dtype)
+    tokens, ids = torch.empty(6, 32, dtype=dtype, device="meta"), torch.zeros(6, 2, dtype=torch.long, device="meta")
+    arguments = tokens, ids, torch.empty(6, 2, device="meta"), experts
+    assert [form.suits(*arguments) for form in FORMS["replicated"] if form.backend == "cuda"] == [fits]
 
 
 def test_the_meta_device_notices_a_host_that_waits():
     with pytest.raises(NotImplementedError, match="Meta tensors"):
-        document_lengths(torch.zeros(2, 16, device="meta"), None, (2, 16))
+        _ = Documents(torch.zeros(2, 16, device="meta"), None, (2, 16)).lengths
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

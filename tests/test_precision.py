@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from minimoe.model.precision import few_sizes, float32_by_onednn, onednn_multiplies
 from tiny import relative_error, tiny_config
 
 from minimoe.model.language_model import MiniMoeForCausalLM
+from minimoe.ops.onednn import few_sizes, float32_by_onednn, onednn_multiplies
 from minimoe.train import pretrain
 
 CPU = torch.device("cpu")

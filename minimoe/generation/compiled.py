@@ -35,11 +35,15 @@ def why_not_compiled(model: Any) -> str | None:
 
 
 class CompiledModel:
-    """The model with a compiled step for single tokens; prompts run as they are."""
+    """The model with a compiled step for single tokens; prompts run as they are.
 
-    def __init__(self, model: MiniMoeForCausalLM) -> None:
+    Args:
+        options: for `torch.compile`; by default kernels are fused, recorded once and replayed.
+    """
+
+    def __init__(self, model: MiniMoeForCausalLM, **options: Any) -> None:
         self._model = model
-        self._step = torch.compile(self._forward, fullgraph=True, mode="reduce-overhead")
+        self._step = torch.compile(self._forward, fullgraph=True, **(options or {"mode": "reduce-overhead"}))
         self._static = Cache(layers=[])
         self._length: int | None = None  # of the static cache
 

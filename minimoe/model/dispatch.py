@@ -2,8 +2,8 @@
 
 T tokens, D hidden, E experts, k experts per token.
 
-Both paths are one pure function of (tokens, expert_ids, weights, experts): the same values and the same gradients, which
-the tests check for every entry of `DISPATCHES` and for every faster form of one. `replicated` is written for training:
+Both paths are one pure function of (tokens, expert_ids, weights, experts): the same values and the same gradients. The
+tests check that for every entry of `DISPATCHES` and for every faster form of one. `replicated` is written for training:
 slots are independent, so gradients are simple. `grouped` is written for inference: the (T*k, D) output is never built.
 An expert is a function of rows, (n, D) -> (n, D), also for n = 0. Both algorithms come from minimind's MoE block
 (jingyaogong/minimind, May 2025).
@@ -43,14 +43,14 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
     Returns:
         (T, D) in the dtype of `tokens`.
     """
-    num_tokens, k = expert_ids.shape
+    (num_tokens, k), hidden_size = expert_ids.shape, tokens.shape[1]
     copies = tokens.repeat_interleave(k, dim=0)  # (T*k, D): slot s is a copy of token s // k
     chosen = expert_ids.flatten()  # (T*k,)
     slots = torch.empty_like(copies)
     for e, expert in enumerate(experts):
         mine = chosen == e
         slots[mine] = expert(copies[mine]).to(slots.dtype)  # back to the slots they came from
-    return (slots.view(num_tokens, k, -1) * weights[..., None]).sum(dim=1).to(tokens.dtype)
+    return (slots.view(num_tokens, k, hidden_size) * weights[..., None]).sum(dim=1).to(tokens.dtype)
 
 
 @accelerated

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 import torch
 
-from minimoe.ops import attention, loss, moe, norm
+from minimoe.ops import attention, loss, moe, norm  # noqa: F401  (each adds its forms)
 from minimoe.ops.autocast import compute_dtype, without_autocast
 from minimoe.ops.door import BACKENDS, FORMS, VARIABLE, Form, accelerated, enabled, using
 

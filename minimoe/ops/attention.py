@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from minimoe.ops.autocast import compute_dtype
 from minimoe.ops.door import FORMS, Form, ordinary, untouched
 from minimoe.ops.heads import Heads, group, norm_and_rotate, prepare_heads, prepare_heads_backward, rotate, ungroup
 from minimoe.ops.onednn import onednn_multiplies
@@ -86,6 +87,7 @@ def _blocks_suit(
         and not torch.compiler.is_compiling()
         and not dropout
         and q.dtype == k.dtype == v.dtype
+        and compute_dtype(q) == q.dtype
         and onednn_multiplies(q.device, q.dtype)
         and untouched(q_norm, "MiniMoeRMSNorm")
         and untouched(k_norm, "MiniMoeRMSNorm")

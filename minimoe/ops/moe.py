@@ -210,7 +210,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
             activated = weighted_swiglu(hidden[group], row_weights[own])
             torch.mm(activated, down[expert].to(dtype).t(), out=out[group])
         ctx.save_for_backward(tokens, token_ids, slots.order, row_weights, gate_up, down, hidden)
-        ctx.groups = groups
+        ctx.groups, ctx.k = groups, weights.shape[1]
         return out[: len(slots.order)]
 
     @staticmethod
@@ -234,15 +234,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
         for expert in set(range(len(down))).difference(group.expert for group in ctx.groups):
             grad_down[expert].zero_()
             grad_gate_up[expert].zero_()
-        return *grads_of_slots(tokens, order, grad_rows, grad_row_weights), grad_gate_up, grad_down
+        grad_tokens, grad_weights = grads_of_slots(order, ctx.k, grad_rows, grad_row_weights)
+        return grad_tokens, None, grad_weights, grad_gate_up, grad_down
 
 
-def grads_of_slots(
-    tokens: Tensor, order: Tensor, grad_rows: Tensor, grad_row_weights: Tensor
-) -> tuple[Tensor, None, Tensor]:
-    """Gradients of the tokens (T, D) and weights (T, k) from those of the rows; None between them is the slots'."""
-    grad_weights = torch.empty_like(grad_row_weights).scatter_(0, order, grad_row_weights).view(len(tokens), -1)
-    return sum_slots(grad_rows, inverse(order).view(grad_weights.shape)), None, grad_weights
+def grads_of_slots(order: Tensor, k: int, grad_rows: Tensor, grad_row_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the tokens (T, D) and of their weights (T, k) from those of the rows."""
+    grad_weights = torch.empty_like(grad_row_weights).scatter_(0, order, grad_row_weights).view(-1, k)
+    return sum_slots(grad_rows, inverse(order).view(-1, k)), grad_weights
 
 
 def _take(rows: Tensor, group: slice) -> Tensor:

@@ -114,6 +114,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         row_weights = weights.flatten()[order]
         hidden, out = c.grouped_swiglu(tokens, token_ids, row_weights, gate_up, down, ends)
         ctx.save_for_backward(tokens, token_ids, row_weights, gate_up, down, ends, hidden, order)
+        ctx.k = weights.shape[1]
         return out
 
     @staticmethod
@@ -121,7 +122,7 @@ class _SwiGLUExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *operands, order = ctx.saved_tensors
         grad_rows, grad_row_weights, *grads = c.grouped_swiglu_backward(*operands, grad_out.contiguous())
-        grad_tokens, _, grad_weights = grads_of_slots(operands[0], order, grad_rows, grad_row_weights)
+        grad_tokens, grad_weights = grads_of_slots(order, ctx.k, grad_rows, grad_row_weights)
         return grad_tokens, None, None, None, grad_weights, *grads
 
 
