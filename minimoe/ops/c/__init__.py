@@ -12,26 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minimoe.ops.c.library import run, why_not
+from minimoe.ops.c.library import run
+from minimoe.ops.c.library import why_not as why_not
 from minimoe.ops.c.operator import operator
-
-__all__ = [
-    "attend",
-    "experts_few",
-    "gather_rows",
-    "grouped_swiglu",
-    "grouped_swiglu_backward",
-    "heads",
-    "heads_backward",
-    "linear_few",
-    "newton_schulz",
-    "rms_norm",
-    "rms_norm_backward",
-    "sum_slots",
-    "swiglu",
-    "swiglu_backward",
-    "why_not",
-]
 
 PANEL = 32  # columns that a thread of `grouped_swiglu` multiplies at a time, WIDE in tiles.h
 
@@ -161,7 +144,7 @@ def heads_backward(
     """Gradients of q, k and v, contiguous, and of the gains, from those of the results, in float32 of k and v."""
     tokens, _, kv_heads, group, head_dim = sizes = _head_sizes(q, k, gains, length)
     if grad_q.numel() != q.numel() or grad_k.numel() != k.numel() or grad_k.shape[1] != length:
-        raise ValueError(f"gradients {tuple(grad_q.shape)} and {tuple(grad_k.shape)} of {tokens} tokens' heads")
+        raise ValueError(f"gradients {tuple(grad_q.shape)} and {tuple(grad_k.shape)} are not of {tokens} tokens' heads")
     results = (
         q.new_empty(tokens, kv_heads * group * head_dim),
         q.new_empty(tokens, kv_heads * head_dim),

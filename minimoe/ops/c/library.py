@@ -19,9 +19,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -42,12 +42,12 @@ def why_not() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def run(name: str, dtype: torch.dtype, work: int, tensors: tuple[Tensor | None, ...], *numbers: float) -> None:
+def run(name: str, dtype: torch.dtype, work: int, tensors: tuple[Any, ...], *numbers: float) -> None:
     """Call the C++ function's instance for `dtype`, on as many threads as `work` (values read) is worth.
 
-    With tensors on the meta device, which have shapes only, nothing is to be done.
+    Tensors may be None but for the first. On the meta device they have shapes only, and nothing is to be done.
     """
-    if tensors[0] is not None and tensors[0].is_meta:
+    if tensors[0].is_meta:
         return
     addresses = [None if x is None else x.data_ptr() for x in tensors]
     threads = 1 if work < WORK_OF_A_THREAD else min(torch.get_num_threads(), work // WORK_OF_A_THREAD + 1)
@@ -92,8 +92,8 @@ def load(compiler: str, flags: str, folder: Path) -> ctypes.CDLL | str:
             library = ctypes.CDLL(str(compiled))
         except subprocess.CalledProcessError as error:
             lines = error.stderr.decode(errors="replace").splitlines()
-            reason = next((line for line in lines if "error" in line), f"exit status {error.returncode}")
-            return f"{compiler} cannot compile them: {reason}"
+            errors = [line for line in lines if "error:" in line] or lines or [f"exit status {error.returncode}"]
+            return f"{compiler} cannot compile them: {errors[0]}"
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{compiler} cannot compile them: {error}"
         with suppress(OSError):  # a cache that cannot be written to costs those seconds each time
