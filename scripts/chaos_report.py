@@ -1,4 +1,4 @@
-"""The figures of scripts/chaos.sh as Markdown tables, put between the markers of docs/reliability.md."""
+"""The figures of scripts/chaos.sh as Markdown tables, put between the markers of docs/results/chaos.md."""
 
 from __future__ import annotations
 
@@ -144,8 +144,10 @@ def main() -> None:
     parser.add_argument("figures", type=Path, help="folder with kills.json, malformed.json and peers.json")
     parser.add_argument("document", type=Path, help="the page to write them to")
     options = parser.parse_args()
-    text = options.document.read_text(encoding="utf-8")
-    for name, render in {"kills": kills_table, "malformed": malformed_table, "peers": peers_table}.items():
+    tables = {"kills": kills_table, "malformed": malformed_table, "peers": peers_table}
+    new = "# One run of scripts/chaos.sh\n" + "".join(f"\n<!-- {name} -->\n<!-- end {name} -->\n" for name in tables)
+    text = options.document.read_text(encoding="utf-8") if options.document.exists() else new
+    for name, render in tables.items():
         file = options.figures / f"{name}.json"
         if file.exists():
             body = render(json.loads(file.read_text(encoding="utf-8")))
