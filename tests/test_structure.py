@@ -15,6 +15,7 @@ BELOW = {
     "errors": set(),
     "failpoints": set(),
     "kernels": set(),
+    "openmp": set(),
     "model": {"kernels"},
     "strict_yaml": {"errors"},
     "config": {"strict_yaml", "errors", "model"},

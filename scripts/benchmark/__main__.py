@@ -79,6 +79,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options, started = parse(), time.strftime("%Y-%m-%d %H:%M %Z")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        os.environ.pop(name, None)  # the benchmark decides how threads wait
     benchmark, console = Benchmark(options), Console()
     possible = [name for name in SECTIONS if name != "rounding" or options.trained.exists()]
     tables: dict[str, Rows] = {

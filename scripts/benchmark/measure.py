@@ -28,7 +28,7 @@ def median_seconds(work: Callable[[], Any], device: str, at_least: float = 0.4, 
     seconds: list[float] = []
     while sum(seconds) < at_least or len(seconds) < times:
         seconds.append(timed(work, device))
-    return statistics.median(seconds)
+    return statistics.median(seconds) if seconds else 0.0
 
 
 def repeated(work: Callable[[], Any], device: str) -> Run:

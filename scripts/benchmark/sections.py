@@ -35,7 +35,7 @@ OURS = ("minimoe", "before")
 TRAINERS = "minimoe,before,qwen3 eager,qwen3 grouped_mm,qwen3 grouped_mm compiled,qwen3 literal loop,dense".split(",")
 GENERATORS = ("minimoe", "minimoe int8", "before", "before int8", "qwen3 eager", "qwen3 grouped_mm")
 ROUTINGS = ((4, 1408, 2), (8, 768, 2), (16, 512, 4), (32, 256, 4), (64, 256, 4))  # experts, width, k
-BUSY_STEPS = 3.0  # seconds of steps in a turn of the busy section
+SETTLE, STEADY = 3.0, 3.0  # seconds of steps in a turn of the busy section: until minimoe knows its company, and after
 
 
 class Benchmark:
@@ -189,7 +189,13 @@ class Benchmark:
         }
         rows = []
         for beside, place in {"nothing": nothing_beside, "a busy process": busy_process}.items():
-            common = {"shape": asdict(QUICKSTART), "dtype": "fp32", "optimizer": "muon", "at_least": BUSY_STEPS}
+            common = {
+                "shape": asdict(QUICKSTART),
+                "dtype": "fp32",
+                "optimizer": "muon",
+                "settle": SETTLE,
+                "at_least": STEADY,
+            }
             workers = {
                 name: self.worker("training.train_step", "minimoe", **common, **how) for name, how in settings.items()
             }

@@ -19,12 +19,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train_step(
-    subject: str, shape: Shape, dtype: str, device: str, optimizer: str = "adamw", at_least: float = 0.0
+    subject: str,
+    shape: Shape,
+    dtype: str,
+    device: str,
+    optimizer: str = "adamw",
+    at_least: float = 0.0,
+    settle: float = 0.0,
 ) -> Run:
     """A whole optimizer step: forward, balance loss, backward, clipping, AdamW or Muon.
 
     Args:
         at_least: seconds for which steps go on; the time of a run is their median. 0 is one step.
+        settle: seconds of steps before them, which do not count.
     """
     before = resident_bytes("VmRSS") if device == "cpu" else 0.0
     training_memory(subject, device)
@@ -48,6 +55,7 @@ def train_step(
             each.zero_grad()
 
     def run() -> dict[str, float]:
+        median_seconds(step, device, settle, times=0)
         reset_peak(device)
         seconds = median_seconds(step, device, at_least, times=1)
         return {"seconds": seconds, "peak_bytes": peak_bytes(device) - before}

@@ -43,17 +43,15 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory()
         Path(self._folder.name, "scripts").symlink_to(ROOT / "scripts")
         module, _, name = job.partition(".")
+        waiting = openmp.environment() if environment is None else environment
         request = {"module": module, "job": name, "checkout": str(checkout), **arguments}
-        inherited = {name: value for name, value in os.environ.items() if name not in SPINNING}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "scripts.benchmark.worker", json.dumps(request)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=self._folder.name,
-            env=inherited
-            | (openmp.environment() if environment is None else environment)
-            | {"PYTHONPATH": str(checkout)},
+            env=os.environ | waiting | {"PYTHONPATH": str(checkout)},
         )
 
     def answer(self) -> Figures:
@@ -126,5 +124,6 @@ def ratio(figures: list[Figures], base: list[Figures], name: str = "seconds") ->
 
 def spread(figures: list[Figures], base: list[Figures], name: str = "seconds") -> str:
     """Their quartiles, to tell a difference from noise."""
-    low, _, high = statistics.quantiles(ratios(figures, base, name), n=4, method="inclusive")
+    values = ratios(figures, base, name)
+    low, _, high = statistics.quantiles(values if len(values) > 1 else values * 2, n=4, method="inclusive")
     return f"{low:.3f} to {high:.3f}"

@@ -1,4 +1,4 @@
-"""The figures of scripts/chaos.sh as Markdown tables, put between the markers of docs/reliability.md."""
+"""What `python -m scripts.chaos` saw, as Markdown tables between the markers of docs/reliability.md."""
 
 from __future__ import annotations
 
