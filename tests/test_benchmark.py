@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from scripts.benchmark import turns
-from scripts.benchmark.__main__ import as_markdown, circumstances
+from scripts.benchmark.__main__ import as_markdown
 from scripts.benchmark.models import either, minimoe_config
 from scripts.benchmark.shapes import QUICKSTART
+from scripts.circumstances import circumstances
 
 
 def test_a_slow_moment_of_the_machine_does_not_change_a_ratio():
@@ -49,11 +50,10 @@ def test_the_busy_section_trains_the_model_of_the_quickstart():
     assert (QUICKSTART.batch, QUICKSTART.sequence) == (values["train"]["batch_size"], values["data"]["sequence_length"])
 
 
-def test_the_page_says_when_and_how_it_was_measured(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", "--section", "train", "--beside", "a folder"])
-    page = circumstances("2026-01-02 03:04 UTC")
-    assert "2026-01-02 03:04 UTC" in page
-    assert "`python -m scripts.benchmark --section train --beside 'a folder'`" in page
+def test_a_page_says_when_and_how_it_was_made_and_has_a_table_of_each_section():
+    page = circumstances("One run", "2026-01-02 03:04 UTC", "python -m scripts.benchmark --beside old")
+    assert page.startswith("# One run\n\n- 2026-01-02 03:04 UTC\n")
+    assert "`python -m scripts.benchmark --beside old`" in page
     rows = [{"subject": "minimoe", "s": 0.12345}, {"subject": "before", "s": 1234.5}]
     assert as_markdown("A table", rows) == (
         "## A table\n| subject | s |\n| --- | --- |\n| minimoe | 0.123 |\n| before | 1,234 |\n"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import shlex
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from rich.table import Table
 
 import scripts.benchmark
 from scripts.benchmark.sections import SECTIONS, Benchmark, Rows
+from scripts.circumstances import circumstances
 
 
 def as_table(title: str, rows: Rows) -> Table:
@@ -42,19 +40,6 @@ def spell(value: Any) -> str:
     return str(value)
 
 
-def circumstances(started: str) -> str:
-    """When, where and how it was measured."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
-    return (
-        "# One run of the benchmark\n\n"
-        f"- {started}\n"
-        f"- {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}\n"
-        f"- Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}\n"
-        f"- `{command}`\n"
-    )
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark",
@@ -72,13 +57,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=Path, default=Path("data/quickstart"), help="folder of its held-out texts")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every subject at least")
     parser.add_argument("--seconds", type=float, default=40, help="training: go on taking turns so long")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmark.md"), help="page of the tables")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results/benchmark.md"), help="page of the tables, of this run alone"
+    )
     parser.add_argument("--json", type=Path, default=Path("runs/benchmark.json"), help="the same as JSON")
     return parser.parse_args()
 
 
 def main() -> None:
-    options, started = parse(), time.strftime("%Y-%m-%d %H:%M %Z")
+    options = parse()
+    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
+    head = circumstances("One run of the benchmark", time.strftime("%Y-%m-%d %H:%M %Z"), command)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         os.environ.pop(name, None)  # the benchmark decides how threads wait
     benchmark, console = Benchmark(options), Console()
@@ -98,7 +87,7 @@ def main() -> None:
         console.print(as_table(title, tables[title]))
         # After each section, so that a run that is cut short leaves what it has.
         options.json.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
-        blocks = [circumstances(started), *(as_markdown(*table) for table in tables.items())]
+        blocks = [head, *(as_markdown(*table) for table in tables.items())]
         options.out.write_text("\n".join(blocks), encoding="utf-8")
 
 

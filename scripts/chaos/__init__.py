@@ -4,6 +4,6 @@
 
 Kills real training runs at random moments, at every failpoint of saving and by full disks (`kills.py`), feeds
 malformed input to every command (`malformed.py`), and puts the same accidents to transformers.Trainer and accelerate
-(`peers.py`). About 15 minutes on 2 cores for 100 kills. Writes runs/chaos/*.json and the tables of docs/reliability.md
+(`peers.py`). About 15 minutes on 2 cores for 100 kills. Writes runs/chaos/*.json and docs/results/chaos.md
 (`report.py`); exits with 1 when anything was not as promised. Another seed gives other moments and other input.
 """

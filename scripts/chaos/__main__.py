@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs at random moments, over all runs")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments and inputs")
-    parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="folder of the figures")
-    parser.add_argument("--document", type=Path, default=Path("docs/reliability.md"), help="page of the tables")
+    parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="folder of the figures as JSON")
+    parser.add_argument("--document", type=Path, default=Path("docs/results/chaos.md"), help="page of the tables")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for old in options.out.glob("*.json"):
@@ -31,11 +32,12 @@ def main() -> int:
         name: [f"scripts.chaos.{name}", *count, "--seed", options.seed, "--json", options.out / f"{name}.json"]
         for name, count in counts.items()
     }
-    stages["report"] = ["scripts.chaos.report", options.out, options.document]
+    made_by = f"python -m scripts.chaos --kills {options.kills} --seed {options.seed}"
+    stages["report"] = ["scripts.chaos.report", options.out, options.document, "--command", made_by]
     failed = []
     for name, words in stages.items():
         command = [*python, "-m", *map(str, words)]
-        print(f"\n== {name}: {' '.join(command)}", flush=True)
+        print(f"\n== {name}: {shlex.join(command)}", flush=True)
         started = time.monotonic()
         if subprocess.run(command, check=False).returncode:
             failed.append(name)
