@@ -75,6 +75,7 @@ def run_case(case: Case, root: Path) -> Outcome:
         with (
             _chdir(name),
             mock.patch.object(sys, "argv", ["minimoe", *words]),
+            mock.patch.object(sys.modules["__main__"], "__package__", None),  # else it is called `python -m ...`
             mock.patch.object(sys, "stdin", io.StringIO("")),
             mock.patch.dict(os.environ),
             mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
