@@ -33,13 +33,13 @@ resume() { # --resume when the run has begun, nothing on the first start
 . scripts/environment.sh
 install_minimoe
 
-stage data "$DATA/test.jsonl" python scripts/make_quickstart_data.py --out "$DATA"
+stage data "$DATA/test.jsonl" python -m scripts.quickstart.make_data --out "$DATA"
 stage tokenizer "$RUN/tokenizer/tokenizer.json" minimoe tokenizer configs/quickstart/tokenizer.yaml
 stage pretrain "$RUN/pretrain/final/config.json" minimoe pretrain configs/quickstart/pretrain.yaml $(resume pretrain)
 stage sft "$RUN/sft/final/config.json" minimoe sft configs/quickstart/sft.yaml $(resume sft)
 timed evaluate minimoe evaluate "$RUN/pretrain/final" --data "$DATA/valid_stories.jsonl"
 timed generate minimoe generate "$RUN/pretrain/final" --config configs/quickstart/generate.yaml --prompt "Once upon a time"
-timed score python scripts/score_quickstart.py --model "$RUN/sft/final" --pretrained "$RUN/pretrain/final" \
+timed score python -m scripts.quickstart.score --model "$RUN/sft/final" --pretrained "$RUN/pretrain/final" \
   --data "$DATA" --out "$RUN/score.json"
 
 cat <<END

@@ -1,6 +1,6 @@
 """Runs that are killed, told to stop, or run out of disk: they resume and end as if nothing had happened.
 
-The quick part of what scripts/chaos.sh does at length, with the same code.
+The quick part of what `python -m scripts.chaos` does at length, with the same code.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from chaos import (
-    Lab,
-    Reference,
-    Run,
+from safetensors import safe_open
+
+from minimoe.errors import EXIT_PREEMPTED
+from minimoe.failpoints import VARIABLE
+from scripts.chaos.faults import (
     check_stopped_by_full_disk,
     die_at,
     fill_disk_at,
@@ -31,12 +32,9 @@ from chaos import (
     save_failpoints,
     small_disk,
     steps_for,
-    wait,
 )
-from safetensors import safe_open
-
-from minimoe.errors import EXIT_PREEMPTED
-from minimoe.failpoints import VARIABLE
+from scripts.chaos.lab import Lab, Reference, Run
+from scripts.chaos.processes import wait
 
 KILLS = 5  # of each of the two runs
 SAVE_EVERY = 4

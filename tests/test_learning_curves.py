@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import learning_curves
+from scripts.benchmark import curves
 
 ROWS = [
     {"step": 10, "tokens": 100, "lr": 0.1, "seconds": 1.0},
@@ -18,7 +16,7 @@ ROWS = [
 
 
 def test_a_curve_is_the_validations_and_the_length_of_a_run():
-    assert learning_curves.curve(ROWS) == {
+    assert curves.curve(ROWS) == {
         "steps": 18,
         "tokens": 180,
         "seconds": 1.8,
@@ -28,9 +26,9 @@ def test_a_curve_is_the_validations_and_the_length_of_a_run():
 
 
 def test_a_table_and_json_come_out_with_and_without_matplotlib(tmp_path, capsys, monkeypatch):
-    entry = {"name": "moe", "overrides": []} | learning_curves.curve(ROWS)
+    entry = {"name": "moe", "overrides": []} | curves.curve(ROWS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    learning_curves.write([entry], tmp_path)
+    curves.write([entry], tmp_path)
     assert json.loads((tmp_path / "curves.json").read_text()) == [entry]
     out = capsys.readouterr().out
     assert "moe      18         180      1.8  2.5123" in out
@@ -39,5 +37,5 @@ def test_a_table_and_json_come_out_with_and_without_matplotlib(tmp_path, capsys,
 
 def test_the_picture_is_small(tmp_path):
     pytest.importorskip("matplotlib")
-    learning_curves.write([{"name": "moe", "overrides": []} | learning_curves.curve(ROWS)], tmp_path)
+    curves.write([{"name": "moe", "overrides": []} | curves.curve(ROWS)], tmp_path)
     assert 0 < (tmp_path / "curves.svg").stat().st_size < 100_000

@@ -7,21 +7,22 @@ import os
 import pickle
 from pathlib import Path
 
-import malformed
 import pytest
 from hypothesis import HealthCheck, given, settings
-from malformed import GENERATE, Case, run_case, violation
+
+from scripts.chaos.malformed import make_workspace, run_case, violation
+from scripts.chaos.malformed_inputs import CONFIGS, GENERATE, STRATEGIES, Case
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return malformed.make_workspace(tmp_path_factory.mktemp("workspace"))
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-@pytest.mark.parametrize("kind", malformed.STRATEGIES)
+@pytest.mark.parametrize("kind", STRATEGIES)
 def test_malformed_input_ends_quickly_with_a_short_message(root, kind):
     @settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(malformed.STRATEGIES[kind])
+    @given(STRATEGIES[kind])
     def check(case: Case) -> None:
         outcome = run_case(case, root)
         assert violation(case, outcome) is None, outcome
@@ -29,9 +30,9 @@ def test_malformed_input_ends_quickly_with_a_short_message(root, kind):
     check()
 
 
-@pytest.mark.parametrize("command", malformed.CONFIGS)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_the_configs_are_right_without_the_mistake(root, command):
-    files = {"config.yaml": json.dumps(malformed.CONFIGS[command]).replace("{root}", str(root)).encode()}
+    files = {"config.yaml": json.dumps(CONFIGS[command]).replace("{root}", str(root)).encode()}
     outcome = run_case(Case((command, "config.yaml"), files), root)
     assert outcome.code == 0, outcome
     assert violation(Case((command,)), outcome) == "silent"  # what a mistake that is passed over is called
@@ -61,7 +62,7 @@ BOMB = "a0: &a0 x\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\
     ids=["aliases", "nesting", "digits", "width", "layers", "null", "size"],
 )
 def test_a_config_that_would_fill_memory_or_time_is_refused(root, text, message):
-    base = "".join(f"{key}: {json.dumps(value)}\n" for key, value in malformed.CONFIGS["pretrain"].items())
+    base = "".join(f"{key}: {json.dumps(value)}\n" for key, value in CONFIGS["pretrain"].items())
     lines = [line for line in base.splitlines() if not line.startswith(text.partition(":")[0] + ":")]
     outcome = run_case(Case(("pretrain", "c.yaml"), {"c.yaml": "\n".join([*lines, text]).encode()}), root)
     assert (outcome.code, violation(Case(("pretrain",)), outcome)) == (2, None), outcome
@@ -79,7 +80,7 @@ def test_a_config_that_would_fill_memory_or_time_is_refused(root, text, message)
     ],
 )
 def test_an_override_that_cannot_be_is_named(root, override, message):
-    files = {"c.yaml": json.dumps(malformed.CONFIGS["pretrain"]).replace("{root}", str(root)).encode()}
+    files = {"c.yaml": json.dumps(CONFIGS["pretrain"]).replace("{root}", str(root)).encode()}
     outcome = run_case(Case(("pretrain", "c.yaml", *override.split()), files), root)
     assert outcome.code == 2
     assert message in outcome.message

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import chaos
 import pytest
 from tiny_runs import training_rows, write_yaml
 
 from minimoe import failpoints
 from minimoe.train import pretrain
+from scripts.chaos.processes import PATIENCE, minimoe_command, start, wait
 
 
 class Run:
@@ -23,10 +23,10 @@ class Run:
     def __init__(self, path: Path, spec: str) -> None:
         self.log = path.with_suffix(".log")
         env = {failpoints.VARIABLE: spec}
-        self.process = chaos.start(chaos.minimoe_command, ["pretrain", str(path)], log=self.log, env=env, daemon=False)
+        self.process = start(minimoe_command, ["pretrain", str(path)], log=self.log, env=env, daemon=False)
 
     def wait_for(self, reached: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + chaos.PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while not reached():
             assert self.process.is_alive(), self.log.read_text()
             assert time.monotonic() < deadline
@@ -40,7 +40,7 @@ class Run:
         """Send the signal; returns exit code, the output and seconds until the end."""
         started = time.monotonic()
         self.send(number)
-        return chaos.wait(self.process), self.log.read_text(), time.monotonic() - started
+        return wait(self.process), self.log.read_text(), time.monotonic() - started
 
 
 def lines(folder: Path) -> int:

@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import make_quickstart_data as corpus  # noqa: E402
-import score_quickstart  # noqa: E402
-import story_tasks  # noqa: E402
-import story_world  # noqa: E402
-import story_writer  # noqa: E402
-from story_tasks import check_answer  # noqa: E402
+from scripts.quickstart import make_data as corpus
+from scripts.quickstart import patterns, world
+from scripts.quickstart.instructions import CHECKS, check_answer, draw_tasks
+from scripts.quickstart.reading import CANDIDATES
+from scripts.quickstart.score import count_correct, examples
+from scripts.quickstart.story import Story, draw_facts, split_of, write_story
+from scripts.quickstart.task import Task, contains, normalise
 
 SCALE = 0.05
-TASKS = tuple(story_tasks.CHECKS)
-NAMES = [hero.name for hero in story_world.HEROES]
-PLACES = [place.name for place in story_world.PLACES]
+TASKS = tuple(CHECKS)
+NAMES = [hero.name for hero in world.HEROES]
+PLACES = [place.name for place in world.PLACES]
 TWO_NUMBERS = re.compile(r"(?<!\d)(?=(\d+)\s*(?:[-+]|plus|minus)\s*(\d+)(?!\d))")
 
 
@@ -48,23 +44,23 @@ def training_texts(files) -> list[str]:
     ]
 
 
-def tasks_of(name: str, number: int, split: str = "train", seed: int = 0) -> list[story_tasks.Task]:
+def tasks_of(name: str, number: int, split: str = "train", seed: int = 0) -> list[Task]:
     rng = random.Random(seed)
-    return [task for _ in range(number) for task in story_tasks.draw_tasks(rng, name, split)]
+    return [task for _ in range(number) for task in draw_tasks(rng, name, split)]
 
 
-def as_row(task: story_tasks.Task) -> dict[str, Any]:
+def as_row(task: Task) -> dict[str, Any]:
     return {"task": task.name, "messages": task.messages[:1], "check": task.check}
 
 
-def stories(number: int) -> list[story_writer.Story]:
+def stories(number: int) -> list[Story]:
     rng = random.Random(1)
-    return [story_writer.write_story(rng, story_writer.draw_facts(rng, "train")) for _ in range(number)]
+    return [write_story(rng, draw_facts(rng, "train")) for _ in range(number)]
 
 
 def mentioned_combinations(text: str) -> set[tuple[str, str, str]]:
     words = set(re.findall(r"\w+", text))
-    return set(product(words & set(NAMES), words & set(story_world.OBJECTS), words & set(PLACES)))
+    return set(product(words & set(NAMES), words & set(world.OBJECTS), words & set(PLACES)))
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -115,7 +111,7 @@ def test_no_held_out_combination_occurs_in_training(files, training_texts):
     held_out = set()
     for row in files["test"]:
         combinations = mentioned_combinations(row["messages"][0]["content"])
-        held_out |= {one for one in combinations if story_writer.split_of(one) == "test"}
+        held_out |= {one for one in combinations if split_of(one) == "test"}
     assert len(held_out) > 150
     for text in training_texts:
         # The lines of a page of word puzzles have nothing to do with one another.
@@ -132,10 +128,10 @@ def test_no_held_out_operand_pair_occurs_in_training_whatever_order_and_operatio
 
 
 def test_no_test_story_sentence_or_prompt_occurs_in_training(files, training_texts):
-    normalised = "\n".join(story_tasks.normalise(text) for text in training_texts)
+    normalised = "\n".join(normalise(text) for text in training_texts)
     for row in files["test"]:
         if row["task"] != "arithmetic":  # its digits alone are no prompt; see the test above
-            assert story_tasks.normalise(row["messages"][0]["content"]) not in normalised
+            assert normalise(row["messages"][0]["content"]) not in normalised
         for order in row["check"].get("orders", ()):
             assert order not in normalised
 
@@ -162,38 +158,38 @@ def test_modules_and_topics_are_wholly_on_one_side(library):
 
 def test_the_words_of_the_world_stand_for_facts_only():
     """Taken out of its facts, a pattern mentions no name, trait, object, colour or place."""
-    facts = [*NAMES, *PLACES, *story_world.TRAITS, *story_world.OBJECTS, *story_world.COLOURS]
+    facts = [*NAMES, *PLACES, *world.TRAITS, *world.OBJECTS, *world.COLOURS]
     assert len(facts) == len(set(facts))
-    beats = "OPENINGS HABITS WANTS WRONG_TURNS CLUES OBSTACLE_SCENES FEELINGS HELPS IDEAS FINDS THANKS ENDINGS"
-    beats += " MORALS REASONS"
-    patterns = [pattern for beat in beats.split() for pattern in getattr(story_world, beat)]
-    for obstacle in story_world.OBSTACLES:
-        patterns += [obstacle.name, *obstacle.attempts, *obstacle.solutions]
-    patterns += [hero.species for hero in story_world.HEROES]
-    for pattern in patterns:
+    beats = [beat for beat in vars(patterns).values() if isinstance(beat, tuple)]
+    assert len(beats) == 13
+    told = [*world.REASONS, *(pattern for beat in beats for pattern in beat)]
+    for obstacle in world.OBSTACLES:
+        told += [obstacle.name, *obstacle.attempts, *obstacle.solutions]
+    told += [hero.species for hero in world.HEROES]
+    for pattern in told:
         words = set(re.findall(r"\w+", re.sub(r"\{\w+\}", "", pattern)))
         assert not words & set(facts), pattern
 
 
 def test_facts_of_one_kind_cannot_be_taken_for_each_other():
-    for candidates in story_tasks.CANDIDATES.values():
+    for candidates in CANDIDATES.values():
         for one, other in product(candidates, candidates):
-            assert one == other or not story_tasks.contains(one, other)
+            assert one == other or not contains(one, other)
 
 
 def test_the_world_is_large_enough():
-    assert len(story_world.HEROES) >= 40
-    assert len(story_world.OBJECTS) >= 40
-    assert len(story_world.PLACES) >= 30
+    assert len(world.HEROES) >= 40
+    assert len(world.OBJECTS) >= 40
+    assert len(world.PLACES) >= 30
 
 
 def test_a_story_mentions_its_facts_and_no_others():
     for story in stories(500):
         facts, words = story.facts, set(re.findall(r"\w+", story.text))
         assert words & set(NAMES) == {hero.name for hero in (facts.hero, facts.helper) if hero}
-        assert words & set(story_world.OBJECTS) == {facts.object}
-        assert words & set(story_world.COLOURS) == {facts.colour}
-        assert words & set(story_world.TRAITS) == {facts.trait}
+        assert words & set(world.OBJECTS) == {facts.object}
+        assert words & set(world.COLOURS) == {facts.colour}
+        assert words & set(world.TRAITS) == {facts.trait}
         assert words & set(PLACES) == {place.name for place in (facts.place, facts.wrong_place) if place}
         assert facts.reason in story.text
         assert facts.obstacle.name in story.text.lower()
@@ -256,11 +252,7 @@ def test_a_question_needs_the_one_right_fact():
     for task in tasks_of("question", 300):
         row, check = as_row(task), task.check
         fact, kind = check["fact"], check["kind"]
-        wrong = next(
-            other
-            for other in story_tasks.CANDIDATES[kind]
-            if other != fact and not story_tasks.contains(check["question"], other)
-        )
+        wrong = next(other for other in CANDIDATES[kind] if other != fact and not contains(check["question"], other))
         flags = 0 if kind in ("hero", "helper") else re.IGNORECASE
         assert not check_answer(row, re.sub(re.escape(fact), wrong, task.answer, flags=flags))
         assert not check_answer(row, f"{task.answer} Or was it {wrong}?"), "a guess at two facts"
@@ -301,15 +293,15 @@ def test_words_in_another_order_are_rejected():
 
 def test_the_score_counts_per_task_and_shows_examples(files):
     rng = random.Random(0)
-    tasks = [task for name in TASKS for _ in range(5) for task in story_tasks.draw_tasks(rng, name, "test")]
+    tasks = [task for name in TASKS for _ in range(5) for task in draw_tasks(rng, name, "test")]
     answered = [
         {**as_row(task), "answer": task.answer if index % 5 else "", "correct": index % 5 > 0}
         for index, task in enumerate(tasks)
     ]
     assert all(row["correct"] == check_answer(row, row["answer"]) for row in answered)
-    score = score_quickstart.count_correct(answered)
+    score = count_correct(answered)
     assert score["share"] == 16 / 20
     assert score["tasks"]["story"] == {"correct": 4, "total": 5}
-    story, instructions = score_quickstart.examples(answered)
+    story, instructions = examples(answered)
     assert story["correct"]
     assert [row["task"] for row in instructions] == ["question", "arithmetic", "reorder"]

@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "minimoe"
 BELOW = {
     "errors": set(),
     "failpoints": set(),
-    "kernels": set(),
     "device": {"errors"},
-    "model": {"kernels", "device", "errors"},
+    "openmp": set(),
+    "ops": set(),
+    "model": {"ops", "errors"},
     "config": {"model"},
     "strict_yaml": {"errors"},
     "config_file": {"config", "strict_yaml", "errors"},
@@ -26,8 +27,8 @@ BELOW = {
     "data": {"tokenizer", "config", "errors", "model", "failpoints"},
     "loading": {"tokenizer", "errors", "model", "folder", "device"},
     "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
-    "generation": {"loading", "tokenizer", "config", "errors", "model", "kernels"},
-    "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "kernels"}
+    "generation": {"loading", "tokenizer", "config", "errors", "model", "ops"},
+    "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "ops", "device"}
     | {"tokenizer", "config_file", "device"},
     "cli": {"train", "generation", "evaluate", "data", "config", "config_file", "errors"},
 }

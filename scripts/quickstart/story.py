@@ -16,27 +16,29 @@ import re
 from dataclasses import dataclass
 from itertools import product
 
-from story_world import (
+from scripts.quickstart.patterns import (
     CLUES,
-    COLOURS,
     ENDINGS,
     FEELINGS,
     FINDS,
     HABITS,
     HELPS,
-    HEROES,
     IDEAS,
     MORALS,
-    OBJECTS,
     OBSTACLE_SCENES,
-    OBSTACLES,
     OPENINGS,
-    PLACES,
-    REASONS,
     THANKS,
-    TRAITS,
     WANTS,
     WRONG_TURNS,
+)
+from scripts.quickstart.world import (
+    COLOURS,
+    HEROES,
+    OBJECTS,
+    OBSTACLES,
+    PLACES,
+    REASONS,
+    TRAITS,
     Hero,
     Obstacle,
     Place,

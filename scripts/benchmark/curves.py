@@ -1,6 +1,6 @@
 """Bits per byte of held-out text against seconds of training, of several settings side by side.
 
-    python scripts/learning_curves.py configs/quickstart/pretrain.yaml data.train=speeches.jsonl --seconds 90 \
+    python -m scripts.benchmark.curves configs/quickstart/pretrain.yaml data.train=speeches.jsonl --seconds 90 \
         --run moe --run dense model.first_k_dense_replace=4 model.intermediate_size=256
 
 The words after the config are overrides of every run, those after a `--run NAME` of that run alone. With --seconds

@@ -1,14 +1,17 @@
-"""The figures of scripts/chaos.sh as Markdown tables, put between the markers of docs/results/chaos.md."""
+"""What `python -m scripts.chaos` saw, as a page of Markdown tables: docs/results/chaos.md."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from scripts.circumstances import circumstances
 
 
 def kills_table(figures: dict[str, Any]) -> str:
@@ -131,28 +134,25 @@ def _recovered(flips: list[dict[str, Any]]) -> str:
     return f"{sum(flip['verdict'] == 'unharmed' for flip in noticed)} of {len(noticed)}"
 
 
-def replace_section(text: str, name: str, body: str) -> str:
-    """Put `body` between `<!-- NAME -->` and `<!-- end NAME -->`."""
-    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    if start not in text or end not in text:
-        raise SystemExit(f"no {start} ... {end} to write between")
-    return text[: text.index(start) + len(start)] + f"\n{body}\n" + text[text.index(end) :]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("figures", type=Path, help="folder with kills.json, malformed.json and peers.json")
-    parser.add_argument("document", type=Path, help="the page to write them to")
+    parser.add_argument("document", type=Path, help="the page to write")
+    parser.add_argument("--command", required=True, help="what made the figures")
     options = parser.parse_args()
-    tables = {"kills": kills_table, "malformed": malformed_table, "peers": peers_table}
-    new = "# One run of scripts/chaos.sh\n" + "".join(f"\n<!-- {name} -->\n<!-- end {name} -->\n" for name in tables)
-    text = options.document.read_text(encoding="utf-8") if options.document.exists() else new
-    for name, render in tables.items():
+    blocks = [circumstances("One run of the accidents", time.strftime("%Y-%m-%d %H:%M %Z"), options.command)]
+    sections: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        "kills": ("Kills, full disks and polite stops", kills_table),
+        "malformed": ("Malformed input", malformed_table),
+        "peers": ("Beside transformers.Trainer and accelerate", peers_table),
+    }
+    for name, (title, render) in sections.items():
         file = options.figures / f"{name}.json"
-        if file.exists():
-            body = render(json.loads(file.read_text(encoding="utf-8")))
-            print(f"\n{body}")
-            text = replace_section(text, name, body)
+        body = render(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else NOT_RUN
+        blocks.append(f"## {title}\n{body}\n")
+    text = "\n".join(blocks)
+    print(f"\n{text}")
+    options.document.parent.mkdir(parents=True, exist_ok=True)
     options.document.write_text(text, encoding="utf-8")
 
 

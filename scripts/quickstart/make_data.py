@@ -1,7 +1,7 @@
 """Makes the quickstart corpus on this machine, in seconds, from two sources that cost no download.
 
-1. The story world (`story_world.py`, `story_writer.py`, `story_tasks.py`): stories for pretraining,
-   instructions with checkable answers for fine-tuning.
+1. The story world (`world.py`, `story.py`, `instructions.py`): stories for pretraining, instructions with checkable
+   answers for fine-tuning.
 2. What every Python carries: the documentation topics of `help()`, and the docstrings (English) and sources
    (code) of the standard library.
 
@@ -16,7 +16,7 @@ Held out from training: whole library modules and help topics; for the stories a
 hero, object and place of a held-out split, and the operand pairs of the test. The same Python version and
 seed give the same files, byte for byte.
 
-    python scripts/make_quickstart_data.py --out data/quickstart --seed 0
+    python -m scripts.quickstart.make_data --out data/quickstart --seed 0
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from story_tasks import Task, draw_tasks, exercise_page, held_out_pairs_in, row_of, story_page
-from story_writer import draw_facts, stable_hash, write_story
+from scripts.quickstart.arithmetic import held_out_pairs_in
+from scripts.quickstart.instructions import draw_tasks, exercise_page, row_of, story_page
+from scripts.quickstart.story import draw_facts, stable_hash, write_story
+from scripts.quickstart.task import Task
 
 TRAIN_BYTES = {"stories": 7_000_000, "english": 1_200_000, "code": 800_000}  # at most, with --scale 1
 VALID_BYTES = 130_000  # of each part

@@ -1,10 +1,10 @@
 """Scores a fine-tuned quickstart model: does it follow 200 instructions it has never seen?
 
-Every instruction of `test.jsonl` is answered greedily and marked by `story_tasks.check_answer`. With
+Every instruction of `test.jsonl` is answered greedily and marked by `instructions.check_answer`. With
 `--pretrained`, the bits per byte of the held-out documents are shown beside those of `xz -9` on the same
 texts, a compressor that learns each file from nothing: a yardstick, not a rival.
 
-    python scripts/score_quickstart.py --model runs/quickstart/sft/final --out runs/quickstart/score.json
+    python -m scripts.quickstart.score --model runs/quickstart/sft/final --out runs/quickstart/score.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from story_tasks import CHECKS, check_answer
+
+from scripts.quickstart.instructions import CHECKS, check_answer
 
 PARTS = ("stories", "english", "code")
 MAX_NEW_TOKENS = 256  # the longest stories of the world take about 170 tokens
@@ -124,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tests = arguments.data / "test.jsonl"
     if not tests.exists():
-        parser.error(f"{tests} not found; make it with: python scripts/make_quickstart_data.py")
+        parser.error(f"{tests} not found; make it with: python -m scripts.quickstart.make_data")
     answered = answer_all(arguments.model, read_rows(tests), arguments.device)
     story, instructions = examples(answered)
     report = {
