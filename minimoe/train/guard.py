@@ -46,7 +46,7 @@ class StepGuard:
     idle_steps: list[list[int]] = field(default_factory=list)  # (L, E): steps in a row without work
 
     def judge(self, loss: float, grad_norm: float, train: TrainConfig) -> Verdict:
-        """Whether to take a step with this loss and gradient; they are the same on every rank, and so is the verdict."""
+        """Whether to take a step with this loss and gradient: the same on every rank, and so is the verdict."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.non_finite_in_a_row += 1
             return Verdict("non-finite", skipped=True)
