@@ -94,8 +94,8 @@ def preview(
     from minimoe.config import TrainingRun
     from minimoe.config_file import load_config
 
-    loaded = load_config(TrainingRun, config, overrides or ())
     with _large_imports():
+        loaded = load_config(TrainingRun, config, overrides or ())
         from minimoe.data.preview import run
 
     run(loaded, count)
@@ -194,10 +194,9 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
         raise UserError("both --resume and --overwrite are given", mend="give the one you mean")
     from minimoe.config_file import TRAINING_RUNS, load_config
 
-    loaded = load_config(TRAINING_RUNS[stage], config, overrides or ())
-    with _large_imports():
+    with _large_imports():  # a config with an architecture needs transformers too
+        loaded = load_config(TRAINING_RUNS[stage], config, overrides or ())
         module = importlib.import_module(f"minimoe.train.{stage}")
-
     module.run(loaded, resume=resume, overwrite=overwrite)
 
 

@@ -257,7 +257,7 @@ class TokenizerRun(Section):
 class TrainingRun(Section):
     """What the config of every training stage has; a stage adds where its model comes from."""
 
-    stage: ClassVar[Stage]  # the class tells it, no file does
+    stage: ClassVar[Stage]  # fixed by the class, never read from a file
 
     output_dir: OutputDir = Field(description="folder of the run")
     seed: Seed = Field(0, description="seed of new weights, data order and split")
@@ -335,7 +335,7 @@ class GenerateRun(Section):
 
 
 def _physical_memory() -> float:
-    """Bytes of this machine's memory; infinity where the system does not tell."""
+    """Bytes of this machine's memory; infinity where the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -1,6 +1,6 @@
 """A model folder -> model and tokenizer, or an error that says what is wrong with the folder.
 
-`transformers` only warns about missing weights and fills them with random numbers; here that is an error. Weights
+`transformers` only warns about missing weights and fills them with random values; here that is an error. Weights
 are read from safetensors alone and no code from the folder is ever run.
 """
 

@@ -1,4 +1,4 @@
-"""Watches the numbers of every step: NaN and infinity, loss spikes, experts that no token chooses.
+"""Watches every step: NaN and infinity, loss spikes, experts that no token chooses.
 
 Its state is saved with the run, so that a resumed run skips and warns at the same steps as an undisturbed one.
 A spike is a loss more than 6 standard deviations above its running mean, as in OLMo's step skipping (arXiv 2501.00656).
@@ -46,7 +46,7 @@ class StepGuard:
     idle_steps: list[list[int]] = field(default_factory=list)  # (L, E): steps in a row without work
 
     def judge(self, loss: float, grad_norm: float, train: TrainConfig) -> Verdict:
-        """Whether to take a step with these numbers; they are the same on every rank, and so is the verdict."""
+        """Whether to take a step with this loss and gradient: the same on every rank, and so is the verdict."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.non_finite_in_a_row += 1
             return Verdict("non-finite", skipped=True)
@@ -62,7 +62,7 @@ class StepGuard:
         return Verdict("spike" if spike else None, skipped=False)
 
     def raise_if_lost(self, train: TrainConfig, step: int) -> None:
-        """End the run when too many steps in a row had no usable numbers."""
+        """End the run when too many steps in a row had a NaN or an infinity."""
         if self.non_finite_in_a_row > train.max_skipped_steps:
             raise NonFiniteError(
                 f"loss or gradient NaN or infinite for {self.non_finite_in_a_row} steps in a row, up to step {step}",
@@ -102,7 +102,7 @@ def expert_load(expert_counts: Tensor) -> Tensor:
 def log_problem(
     verdict: Verdict, batch: Batch, row: dict[str, Any], folder: Path, rank: int, logger: MetricsLogger
 ) -> None:
-    """Report a step whose numbers went wrong; every rank writes its part of a skipped batch for inspection.
+    """Report a step that went wrong; every rank writes its part of a skipped batch for inspection.
 
     Args:
         row: step, loss and grad_norm.

@@ -3,7 +3,7 @@
 A row of `metrics.jsonl` is one JSON object with step and seconds (of training so far, without validation, samples and
 saving). Training rows carry tokens, loss, lm_loss, load_balancing_loss, router_z_loss, lr, grad_norm,
 tokens_per_second, batch_hash and expert_load (per layer, 1 = fair share); evaluation rows val_loss, val_perplexity and
-val_bits_per_byte. A step with numbers that went wrong has a row with event (`non-finite` or `spike`), loss, grad_norm,
+val_bits_per_byte. A step that went wrong has a row with event (`non-finite` or `spike`), loss, grad_norm,
 skipped and batch_file; an expert that no token chooses any more one with event `router_collapse` and experts ([layer,
 expert] each).
 """
