@@ -13,7 +13,6 @@ of its own, whose threads sleep, and back by dismissing it.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import sys
 import threading
@@ -25,6 +24,7 @@ from typing import NamedTuple
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # Up to 0.25 s of spinning. A wait policy would change the throttled spin count too.
 OURS = {"GOMP_SPINCOUNT": "10000000"}
+THREAD = "openmp-watch"
 INTERVAL = 0.5  # seconds between two looks
 CROWDED, FREE = 0.25, 0.15  # CPUs that others take from us; /proc/stat counts ticks, which alone makes it up to 0.1
 ROUNDS = 4  # looks in a row at a free machine after which threads spin again
@@ -49,23 +49,22 @@ def configure() -> None:
     os.environ.update(environment())
 
 
-@functools.cache
 def watch(stat: Path = Path("/proc/stat")) -> bool:
-    """Start the thread that lets OpenMP's threads sleep while others are busy; call it once torch is loaded.
+    """Let OpenMP's threads sleep while others are busy, from now until the process ends; torch must be loaded.
 
     Returns:
-        Whether it was started. There is nothing to do without `configure`, Linux or libgomp, on one thread, and with
-        more threads than CPUs, which never spin.
+        Whether they are watched. There is nothing to do without `configure`, Linux or libgomp, with one thread, or
+        with more threads than CPUs, which never spin.
     """
     torch = sys.modules.get("torch")
-    if torch is None or sys.platform != "linux" or not OURS.items() <= os.environ.items() or not environment():
+    if torch is None or sys.platform != "linux" or not environment() or "GOMP_SPINCOUNT" not in os.environ:
         return False
-    cpus, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    libraries = _libgomp()
+    cpus, threads, libraries = os.sched_getaffinity(0), torch.get_num_threads(), _libgomp()
     if not libraries or not 1 < threads <= len(cpus) or not os.access(stat, os.R_OK):
         return False
-    arguments = (libraries, stat, cpus, threads)
-    threading.Thread(target=_switch, args=arguments, name="minimoe-openmp", daemon=True).start()
+    if THREAD not in (thread.name for thread in threading.enumerate()):
+        arguments = (libraries, stat, cpus, threads)
+        threading.Thread(target=_switch, args=arguments, name=THREAD, daemon=True).start()
     return True
 
 
@@ -104,9 +103,10 @@ def _switch(libraries: list[ctypes.CDLL], stat: Path, cpus: Collection[int], thr
     for sleep in decide(_look(stat, cpus, threads)):
         if sleep != asleep:
             for library in libraries:
-                if sleep:  # a team in which every thread only asks for its number
-                    library.GOMP_parallel(ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p), None, len(cpus) + 1, 0)
-                else:  # dismisses the calling thread's team only
+                if sleep:  # a team, each thread of which only asks for its number
+                    anything = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p)
+                    library.GOMP_parallel(anything, None, len(cpus) + 1, 0)
+                else:  # in libgomp, of the calling thread only
                     library.omp_pause_resource_all(1)
             asleep = sleep
 
