@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or Path(sys.argv[0]).stem != "minimoe":
+if TYPE_CHECKING or not (Path(sys.argv[0]).stem == "minimoe" or "minimoe.cli" in sys.orig_argv):
     from minimoe.model.config import MiniMoeConfig
     from minimoe.model.decoder import MiniMoeForCausalLM, MiniMoeModel
 
