@@ -1,9 +1,9 @@
 """Failpoints: named places in the code where a test makes the process die, wait or fail, switched on from outside.
 
 `MINIMOE_FAILPOINTS=save.renamed@2=kill,train.loss@5=nan` acts at the second passage of `save.renamed` and the fifth
-of `train.loss`; without `@N` at every passage. Actions: `kill` (SIGKILL to this process), `sleep:SECONDS`, `full`
-(as if the disk were full); any other word is returned for the place to act on. Without the variable a failpoint
-costs a dictionary lookup.
+of `train.loss`; without `@N` at every passage. Actions: `kill` (SIGKILL to this process), `signal:NAME` (this one),
+`sleep:SECONDS`, `full` (as if the disk were full); any other word is returned for the place to act on. Without the
+variable a failpoint costs a dictionary lookup.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def _act(action: str) -> str | None:
     word, _, argument = action.partition(":")
     if word == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if word == "signal":
+        os.kill(os.getpid(), signal.Signals[argument])
+        return None
     if word == "sleep":
         time.sleep(float(argument))
         return None

@@ -34,7 +34,7 @@ from scripts.chaos.faults import (
     steps_for,
 )
 from scripts.chaos.lab import Lab, Reference, Run
-from scripts.chaos.processes import wait
+from scripts.chaos.processes import PATIENCE, wait
 
 KILLS = 5  # of each of the two runs
 SAVE_EVERY = 4
@@ -110,10 +110,7 @@ def test_a_real_full_disk_ends_the_run_with_74_and_it_resumes_when_there_is_room
 
 def test_an_evaluation_that_a_signal_cuts_short_is_done_when_the_run_resumes(lab, reference):
     run = reference.run.to(lab.folder / "cut-evaluation")
-    process = run.start(env={VARIABLE: "evaluate.batch@1=sleep:1"})
-    wait_for_step(run, 5)  # which is evaluated
-    os.kill(process.pid, signal.SIGTERM)
-    assert wait(process) == EXIT_PREEMPTED
+    assert run.finish(env={VARIABLE: "evaluate.batch@1=signal:SIGTERM"}) == EXIT_PREEMPTED  # step 5 is evaluated
     assert run.saved_step() == 5
     resume_and_check(reference, run)
 
@@ -127,8 +124,8 @@ def start_ranks(run: Run, *flags: str) -> list[BaseProcess]:
     return [run.start(*flags, env=world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")]
 
 
-def wait_for_step(run: Run, step: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for_step(run: Run, step: int) -> None:
+    deadline = time.monotonic() + PATIENCE
     while run.step() < step:
         assert time.monotonic() < deadline, run.log()[-3000:]
         time.sleep(0.01)
@@ -146,7 +143,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(asked, e
     processes = start_ranks(endless)
     wait_for_step(endless, 3)
     os.kill(processes[asked].pid, signal.SIGTERM)
-    assert [wait(process, 20) for process in processes] == [EXIT_PREEMPTED] * 2, endless.log()[-3000:]
+    assert [wait(process) for process in processes] == [EXIT_PREEMPTED] * 2, endless.log()[-3000:]
     step = endless.saved_step()
     assert step == endless.step() >= 3
     (saved,) = (endless.folder / "checkpoints").iterdir()

@@ -32,7 +32,7 @@ def test_a_hostile_template_is_stopped(template, monkeypatch):
     started = time.monotonic()
     with pytest.raises(UserError, match="chat template"):
         chat_template.render(template, MESSAGES)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 120  # most of it is the start of a process
 
 
 def test_a_foreign_template_renders_on_any_thread_and_after_a_hostile_one(monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 
 import pytest
@@ -45,3 +46,20 @@ def test_garbage_is_collected_again_after_the_imports(monkeypatch):
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+def test_a_command_ends_with_its_status_and_whole_output_without_taking_the_interpreter_down(tmp_path):
+    code = (
+        "import sys; sys.argv[0] = 'minimoe'\n"
+        "class Loud:\n"
+        "    def __del__(self): print('taken down')\n"
+        "from minimoe import cli\n"
+        "cli.loud = Loud()\n"
+        "cli.program()"
+    )
+    for words, status, text in ((["--help"], 0, "Start with"), (["pretrain", "no.yaml"], 2, "no.yaml")):
+        command = [sys.executable, "-c", code, *words]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert ended.returncode == status
+        assert text in ended.stdout + ended.stderr
+        assert "taken down" not in ended.stdout

@@ -139,25 +139,40 @@ ROUTES = [
 ]
 DISPATCHED = [
     *(
-        Case(f"{route} {tokens} x {k}, {'gradients' if grad else 'values'}{', autocast' if autocast else ''}",
-             partial(dispatched, route, tokens, k, width, grad), autocast)
+        Case(
+            f"{route} {tokens} x {k}, {'gradients' if grad else 'values'}{', autocast' if autocast else ''}",
+            partial(dispatched, route, tokens, k, width, grad),
+            autocast,
+        )
         for route, tokens, k in ROUTES
         for grad, width, autocast in ((True, 96, False), (True, 24, False), (True, 96, True), (False, 96, False))
     ),
-    Case("no tokens", lambda dtype: tuple(
-        x[:0].detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
-        for x in dispatched("spread", 3, 2, 96, True, dtype))),
-]  # fmt: skip
+    Case(
+        "no tokens",
+        lambda dtype: tuple(
+            x[:0].detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+            for x in dispatched("spread", 3, 2, 96, True, dtype)
+        ),
+    ),
+]
 PACKED = [Case(f"packed {w} {n}", partial(decoded, w, n)) for w in ("exact", "int8") for n in (1, 9, 40)]
 ATTENDED = [
-    Case(f"{documents} {kv} heads {length}, {'gradients' if grad else 'values'}{', autocast' if autocast else ''}",
-         lambda dtype, a=(lengths, kv, length, grad), autocast=autocast: attended(*a, torch.bfloat16 if autocast else dtype),
-         autocast)
-    for documents, lengths, length in (("rows", None, 300), ("documents", [1, 299, 1, 2, 150, 147], 300), ("row", [9, 9], 9),
-                                       ("long rows", None, 600))
+    Case(
+        f"{documents} {kv} heads {length}, {'gradients' if grad else 'values'}{', autocast' if autocast else ''}",
+        lambda dtype, a=(lengths, kv, length, grad), autocast=autocast: attended(
+            *a, torch.bfloat16 if autocast else dtype
+        ),
+        autocast,
+    )
+    for documents, lengths, length in (
+        ("rows", None, 300),
+        ("documents", [1, 299, 1, 2, 150, 147], 300),
+        ("row", [9, 9], 9),
+        ("long rows", None, 600),
+    )
     for kv in (1, 4)
     for grad, autocast in ((True, False), (True, True), (False, False))
-]  # fmt: skip
+]
 CASES: dict[str, list[Case]] = {
     "replicated": [*DISPATCHED, *PACKED],
     "grouped": [*DISPATCHED, *PACKED],
@@ -168,19 +183,27 @@ CASES: dict[str, list[Case]] = {
         Case("values", lambda dtype: (randn(7, 16, dtype=dtype), randn(16), 1e-3, dtype)),
     ],
     "hidden_loss": [
-        Case(f"{n} rows{'' if grad else ', values'}", partial(loss_of, n, grad)) for n in (3, 1500) for grad in (True, False)
+        Case(f"{n} rows{'' if grad else ', values'}", partial(loss_of, n, grad))
+        for n in (3, 1500)
+        for grad in (True, False)
     ],
-    "router_logits": [Case("37 tokens", lambda dtype: (randn(37, 24, dtype=dtype, grad=True), randn(6, 24, grad=True)))],
+    "router_logits": [
+        Case("37 tokens", lambda dtype: (randn(37, 24, dtype=dtype, grad=True), randn(6, 24, grad=True)))
+    ],
     "orthogonalise": [
         Case(f"{n} x {r} x {c}", lambda dtype, s=(n, r, c): (randn(*s, dtype=dtype), (3.4445, -4.775, 2.0315), 3))
         for n, r, c in ((4, 48, 32), (3, 33, 17))
     ],
     "linear": [
         Case(f"{w} {n} rows{' normed' if normed else ''}", partial(linear_of, w, n, normed))
-        for w in ("exact", "int8") for n in (1, 5, 20) for normed in (True, False)
+        for w in ("exact", "int8")
+        for n in (1, 5, 20)
+        for normed in (True, False)
     ],
     "cached_attention": [
-        Case(f"{new} new{', masked' if masked else ''}", partial(cached, masked, new)) for new in (1, 4) for masked in (True, False)
+        Case(f"{new} new{', masked' if masked else ''}", partial(cached, masked, new))
+        for new in (1, 4)
+        for masked in (True, False)
     ],
     "gather_rows": [Case("rows", lambda dtype: (randn(37, 83, dtype=dtype), torch.randint(37, (90,))))],
     "sum_slots": [
@@ -199,7 +222,7 @@ CASES: dict[str, list[Case]] = {
     "norm_rows_backward": [Case("rows", lambda dtype: (randn(40, 83), randn(83), randn(40, 83, dtype=dtype), 1e-3))],
     "prepare_heads": [Case("heads", partial(prepared, False))],
     "prepare_heads_backward": [Case("heads", partial(prepared, True))],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=[1, 3])

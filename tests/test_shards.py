@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -122,13 +121,12 @@ def test_a_tokenisation_process_that_fails_names_the_cause_and_the_rows(
     prepare, write_jsonl, monkeypatch, tmp_path, action, message
 ):
     monkeypatch.setattr(encode, "CHUNKS_IN_PROCESS", 0)
-    monkeypatch.setattr(encode, "TIMEOUT", 2 if "sleep" in action else 60)
+    if "sleep" in action:
+        monkeypatch.setattr(encode, "TIMEOUT", 2)
     monkeypatch.setenv("MINIMOE_FAILPOINTS", f"tokenise.chunk={action}")
     path = write_jsonl([{"text": text} for text in TEXTS])
-    started = time.monotonic()
     with pytest.raises(StorageError, match=message) as caught:
         prepare(path, num_processes=2)
-    assert time.monotonic() - started < 30
     assert caught.value.where == f"{path}:1 to {path}:{len(TEXTS)}"
     assert folders(tmp_path) == []
 

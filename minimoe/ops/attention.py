@@ -1,7 +1,7 @@
 """Forms of causal self-attention on a CPU: in blocks of queries for training, and document by document.
 
-**In blocks.** torch's attention kernel for CPUs gains nothing from bf16 or from oneDNN and is slow backwards on sequences
-this short. Here the matmuls are batched, in the dtype of the input and large enough for oneDNN, and a row is cut into
+**In blocks.** torch's attention kernel for CPUs gains nothing from bf16 or from oneDNN and is slow backwards on short
+sequences. Here the matmuls are batched, in the dtype of the input and large enough for oneDNN, and a row is cut into
 blocks of queries, so that most of the masked half is never computed:
 
     n = 512, blocks of 128:  queries   0..127 see keys 0..127     10/16 of all scores instead of the causal 8/16
@@ -14,8 +14,8 @@ the heads are prepared again, and in small models the probabilities of short row
 
 **By documents.** A block-diagonal mask is exact but slow; here each document gets a call of its own.
 
-B batch, S sequence, T = B*S; C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, m keys that
-a block sees.
+B batch, S sequence, T = B*S; C rows of n tokens each, H query heads, K key/value heads, R = H/K, d head_dim, m keys
+that a block sees.
 """
 
 from __future__ import annotations

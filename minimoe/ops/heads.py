@@ -98,7 +98,7 @@ def prepare_heads_backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the gains from those of the heads, of which grad_k and grad_v are in the gains' dtype."""
+    """Gradients of q, k, v and the gains from those of the heads; grad_k and grad_v are in the dtype of the gains."""
     head_dim = gains.shape[1]
     heads = torch.cat((q, k), dim=1).unflatten(1, (-1, head_dim)).to(gains.dtype)
     kv_heads = k.shape[1] // head_dim

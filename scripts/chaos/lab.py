@@ -195,5 +195,4 @@ class Reference:
 
 
 def _save_every(run: Run) -> int:
-    kind: Any = PretrainRun if run.command == "pretrain" else SftRun
-    return load_config(kind, run.config).train.save_every
+    return load_config(TrainingRun, run.config).train.save_every

@@ -44,13 +44,10 @@ def _takes(*tensors: Tensor, float32: tuple[Tensor, ...] = ()) -> bool:
     dtype = tensors[0].dtype
     if dtype not in _FLOATS or not ordinary(*tensors, *float32):
         return False
-    for x in tensors:  # loops, as this is asked hundreds of times a step
+    for x in tensors:  # a loop, as this is asked hundreds of times a step
         if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
             return False
-    for x in float32:
-        if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
-            return False
-    return True
+    return all(x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() for x in float32)
 
 
 def _takes_rows(*tensors: Tensor) -> bool:
@@ -134,8 +131,8 @@ def _many_rows(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
 
 
 def _many_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
-    """It is faster than a library's matmuls if its tiles stay in registers, if bf16 is multiplied in vectors (AMX's tiles
-    are faster), and if every thread has a panel of columns."""
+    """It is faster than a library's matmuls if its tiles stay in registers, if bf16 is multiplied in vectors (tiles of
+    AMX are faster), and if every thread has a panel of columns."""
     if not (tokens.is_cpu and stacked(experts, tokens, weights) and weights.dtype == torch.float32):
         return False
     down = experts.down_proj
