@@ -175,8 +175,8 @@ class PackedLayer:
     ) -> Tensor:
         """x (T, D) -> (T, D); cos, sin (T, d)."""
         batch, num_tokens = shape
-        qkv = linear(x, self._qkv, self._input_norm, None).split(self._widths, dim=1)
-        heads = prepare_heads(*qkv, self._gains, cos, sin, self._eps, num_tokens)
+        q, k, v = linear(x, self._qkv, self._input_norm, None).split(self._widths, dim=1)
+        heads = prepare_heads(q, k, v, self._gains, cos, sin, self._eps, num_tokens)
         q, k, v = (y.view(batch, self._kv_heads, num_tokens, -1, self._head_dim) for y in heads)
         keys, values = cache.update(k.squeeze(3), v.squeeze(3))  # (B, K, L + n, d)
         out = cached_attention(q.transpose(2, 3).flatten(1, 2), keys, values, bias, self._scaling)  # (B, H, n, d)

@@ -109,13 +109,10 @@ def causal_attention(
         (B, S, H, d).
     """
     q, k = norm_and_rotate(q, q_norm, cos, sin), norm_and_rotate(k, k_norm, cos, sin)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, S, d) each
+    mask, grouped = None if documents is None else documents.mask, q.shape[1] > k.shape[1]
     out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),  # (B, heads, S, d) each
-        attn_mask=None if documents is None else documents.mask,
-        is_causal=documents is None,
-        dropout_p=dropout,
-        scale=scaling,
-        enable_gqa=q.shape[2] > k.shape[2],
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=grouped
     )
     return out.transpose(1, 2)
 

@@ -19,14 +19,23 @@ Worked example, T = 3 tokens a, b, c, k = 2, E = 3:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minimoe.ops import accelerated
 
-Experts = Collection[Callable[[Tensor], Tensor]]
+
+class Experts(Protocol):
+    """E functions of rows, such as a list of them, or the module of experts.py."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]: ...
+
+
 Dispatch = Callable[[Tensor, Tensor, Tensor, Experts], Tensor]
 
 
@@ -38,7 +47,7 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
         tokens: (T, D).
         expert_ids: (T, k) int64.
         weights: (T, k) float32.
-        experts: E functions of rows.
+        experts: E functions of rows, (n, D) -> (n, D).
 
     Returns:
         (T, D) in the dtype of `tokens`.

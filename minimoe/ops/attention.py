@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minimoe.ops.autocast import compute_dtype
@@ -72,8 +72,8 @@ def _blocks_suit(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_norm: nn.Module,
-    k_norm: nn.Module,
+    q_norm: Any,
+    k_norm: Any,
     cos: Tensor,
     sin: Tensor,
     scaling: float,
@@ -235,16 +235,13 @@ def _by_documents(
     else:
         streams = [(x,) for x in (q, k, v)]
     with torch.autocast("cpu", enabled=False):
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in document),  # (1, heads, n, d) each
-                is_causal=True,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=heads > k.shape[2],
-            ).transpose(1, 2)
-            for document in zip(*streams, strict=True)
-        ]
+        outputs = []
+        for document in zip(*streams, strict=True):
+            query, key, value = (x.transpose(1, 2) for x in document)  # (1 or B, heads, n, d) each
+            attended = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=heads > k.shape[2]
+            )
+            outputs.append(attended.transpose(1, 2))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return out.reshape(batch, sequence, heads, head_dim).to(result)
 

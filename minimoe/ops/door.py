@@ -24,7 +24,8 @@ BACKENDS = {
     "cuda": "torch's calls, arranged for a GPU",
 }
 VARIABLE = "MINIMOE_OPS"
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Form(NamedTuple):

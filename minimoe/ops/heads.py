@@ -106,7 +106,7 @@ def prepare_heads_backward(
     grads = [ungroup(grad, kv_heads, length) for grad in (grad_q, grad_k, grad_v)]
     grad_x, grad_gains = _backward(torch.cat(grads[:2], dim=1), unit, inverse, gains, cos, sin)
     parts = (*grad_x.split((heads.shape[1] - kv_heads, kv_heads), dim=1), grads[2])
-    return *(part.flatten(1).to(q.dtype) for part in parts), grad_gains  # type: ignore[return-value]
+    return *(part.flatten(1).to(q.dtype) for part in parts), grad_gains
 
 
 def group(x: Tensor, kv_heads: int, length: int) -> Tensor:

@@ -87,7 +87,6 @@ def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     block: Any = MoEFeedForward(minimoe_config(shape))
     if subject == "literal loop":
         block.experts = LiteralExperts(shape)
-        block.train_dispatch = lambda tokens, expert_ids, weights, experts: experts(tokens, expert_ids, weights)
     block.to(device).train()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -97,7 +96,8 @@ def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
 
 def attention(subject: str, shape: Shape, dtype: str, device: str, documents: int) -> Run:
     """Forward and backward of one attention block; every row holds so many documents of unequal lengths."""
-    from minimoe.model.attention import MiniMoeAttention, document_lengths
+    from minimoe.model.attention import MiniMoeAttention
+    from minimoe.model.documents import Documents
     from minimoe.model.rotary import MiniMoeRotaryEmbedding
 
     training_memory(subject, device)
@@ -109,10 +109,10 @@ def attention(subject: str, shape: Shape, dtype: str, device: str, documents: in
     for row in positions:  # documents begin at random columns
         for start in sorted((torch.randperm(shape.sequence - 1)[: documents - 1] + 1).tolist()):
             row[start:] = torch.arange(shape.sequence - start)
-    lengths = document_lengths(positions, None, (shape.batch, shape.sequence))
 
     def attend(x: Tensor) -> Tensor:
-        return block(x, rotary(x, positions), documents=lengths)[0]
+        found = Documents(positions, None, (shape.batch, shape.sequence)) if documents > 1 else None
+        return block(x, rotary(x, positions), documents=found)[0]
 
     return repeated(forward_backward(attend, block, x, subject, shape, dtype, device), device)
 

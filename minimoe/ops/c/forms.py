@@ -117,8 +117,10 @@ class _SwiGLUExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, order = ctx.saved_tensors
-        grad_rows, grad_row_weights, *grads = c.grouped_swiglu_backward(*operands, grad_out.contiguous())
+        tokens, token_ids, row_weights, gate_up, down, ends, hidden, order = ctx.saved_tensors
+        grad_rows, grad_row_weights, *grads = c.grouped_swiglu_backward(
+            tokens, token_ids, row_weights, gate_up, down, ends, hidden, grad_out.contiguous()
+        )
         grad_tokens, grad_weights = grads_of_slots(order, ctx.k, grad_rows, grad_row_weights)
         return grad_tokens, None, None, None, grad_weights, *grads
 
@@ -192,8 +194,9 @@ for path in ("replicated", "grouped"):
 
 
 def _linear_few(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> Tensor:
-    scaling = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    return c.linear_few(*matrix.stored, x, *scaling, None if add is None else add.float()).to(x.dtype)
+    values, scales = matrix.stored
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    return c.linear_few(values, scales, x, weight, eps, None if add is None else add.float()).to(x.dtype)
 
 
 def _linear_few_suits(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> bool:
@@ -235,4 +238,9 @@ def _newton_schulz_suits(x: Tensor, coefficients: tuple[float, float, float], st
     return x.dtype == torch.bfloat16 and fitting and _takes(x) and not torch.cpu._is_amx_tile_supported()
 
 
-_add("orthogonalise", _newton_schulz_suits, lambda x, coefficients, steps: c.newton_schulz(x, *coefficients, steps))
+def _newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    first, second, third = coefficients
+    return c.newton_schulz(x, first, second, third, steps)
+
+
+_add("orthogonalise", _newton_schulz_suits, _newton_schulz)
