@@ -15,6 +15,7 @@ BELOW = {
     "errors": set(),
     "failpoints": set(),
     "kernels": set(),
+    "openmp": set(),
     "model": {"kernels"},
     "strict_yaml": {"errors"},
     "config": {"strict_yaml", "errors", "model"},
@@ -27,7 +28,7 @@ BELOW = {
     "generation": {"loading", "tokenizer", "config", "errors", "model", "kernels"},
     "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "kernels"}
     | {"tokenizer"},
-    "cli": {"train", "generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model"},
+    "cli": {"train", "generation", "evaluate", "loading", "data", "tokenizer", "config", "errors", "model", "openmp"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
