@@ -30,7 +30,7 @@ BELOW = {
     "generation": {"loading", "tokenizer", "config", "errors", "model", "ops"},
     "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "ops", "device"}
     | {"tokenizer", "config_file", "device"},
-    "cli": {"train", "generation", "evaluate", "data", "config", "config_file", "errors"},
+    "cli": {"train", "generation", "evaluate", "data", "config", "config_file", "errors", "openmp"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
