@@ -38,9 +38,9 @@ def test_a_worker_measures_the_checkout_it_is_told_to_and_no_other(there, tmp_pa
 
 
 def test_what_moved_is_found_where_it_is():
-    assert either("Path", "no.such.module", "json", "pathlib") is Path
-    with pytest.raises(ImportError, match="nothing is in none of json, pathlib"):
-        either("nothing", "json", "pathlib")
+    assert either("no.such.module:Path", "json:Path", "pathlib:Path") is Path
+    with pytest.raises(ImportError, match="there is none of json:nothing, pathlib:nothing"):
+        either("json:nothing", "pathlib:nothing")
 
 
 def test_the_busy_section_trains_the_model_of_the_quickstart():

@@ -19,14 +19,15 @@ from scripts.benchmark.shapes import Shape
 PEERS = ("qwen3", "literal loop")  # are as `transformers` trains them; minimoe's loop has settings of its own
 
 
-def either(name: str, *modules: str) -> Any:
-    """`name` of the first of these modules that is there: in the checkout beside this one it may be elsewhere."""
-    for module in modules:
+def either(*places: str) -> Any:
+    """The first of these `module:name` that is there: another checkout may have it elsewhere."""
+    for place in places:
+        module, _, name = place.partition(":")
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
             continue
-    raise ImportError(f"{name} is in none of {', '.join(modules)}")
+    raise ImportError(f"there is none of {', '.join(places)}")
 
 
 class LiteralExperts(nn.Module):

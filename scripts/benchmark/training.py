@@ -87,6 +87,7 @@ def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
     block: Any = MoEFeedForward(minimoe_config(shape))
     if subject == "literal loop":
         block.experts = LiteralExperts(shape)
+        block.train_dispatch = lambda tokens, expert_ids, weights, experts: experts(tokens, expert_ids, weights)
     block.to(device).train()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -97,7 +98,6 @@ def moe_layer(subject: str, shape: Shape, dtype: str, device: str) -> Run:
 def attention(subject: str, shape: Shape, dtype: str, device: str, documents: int) -> Run:
     """Forward and backward of one attention block; every row holds so many documents of unequal lengths."""
     from minimoe.model.attention import MiniMoeAttention
-    from minimoe.model.documents import Documents
     from minimoe.model.rotary import MiniMoeRotaryEmbedding
 
     training_memory(subject, device)
@@ -109,10 +109,11 @@ def attention(subject: str, shape: Shape, dtype: str, device: str, documents: in
     for row in positions:  # documents begin at random columns
         for start in sorted((torch.randperm(shape.sequence - 1)[: documents - 1] + 1).tolist()):
             row[start:] = torch.arange(shape.sequence - start)
+    find = either("minimoe.model.documents:Documents", "minimoe.model.attention:document_lengths")
+    packed = find(positions, None, (shape.batch, shape.sequence)) if documents > 1 else None
 
     def attend(x: Tensor) -> Tensor:
-        found = Documents(positions, None, (shape.batch, shape.sequence)) if documents > 1 else None
-        return block(x, rotary(x, positions), documents=found)[0]
+        return block(x, rotary(x, positions), documents=packed)[0]
 
     return repeated(forward_backward(attend, block, x, subject, shape, dtype, device), device)
 
@@ -171,7 +172,7 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 
 def float32_by_onednn(device: str, width: int) -> contextlib.AbstractContextManager:
     """What minimoe's loop lets multiply float32, in this checkout or an older one."""
-    switch = either("float32_by_onednn", "minimoe.ops.onednn", "minimoe.model.precision")
+    switch = either("minimoe.ops.onednn:float32_by_onednn", "minimoe.model.precision:float32_by_onednn")
     return switch(torch.device(device), width)
 
 
@@ -183,7 +184,7 @@ def training_matmuls(subject: str, shape: Shape, device: str) -> contextlib.Abst
 def training_memory(subject: str, device: str) -> None:
     """What minimoe's training does with memory that was freed."""
     if device == "cpu" and not subject.startswith(PEERS):
-        either("keep_freed_memory", "minimoe.train.memory")()
+        either("minimoe.train.memory:keep_freed_memory")()
 
 
 def random_ids(shape: Shape, device: str) -> Tensor:

@@ -12,8 +12,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from minimoe.config import PretrainRun, SftRun, TrainingRun
-from minimoe.config_file import dump_config, load_config
 from minimoe.tokenizer import train_bpe
 from minimoe.train import checkpoint
 from minimoe.train.metrics import CLOCK_FIELDS
@@ -44,6 +42,7 @@ class Run:
     command: str  # pretrain or sft
     config: Path
     folder: Path
+    save_every: int  # steps
 
     def to(self, folder: Path) -> Run:
         """The same training in another folder."""
@@ -130,15 +129,13 @@ class Lab:
         model |= {"attention_dropout": 0.1, "scoring_func": "sigmoid", "router_bias_update_rate": 0.01}
         model |= {"first_k_dense_replace": MODEL["num_hidden_layers"]} if dense else {}
         values = {"tokenizer": str(self.folder / "tokenizer"), "model": model}
-        return self._run("pretrain", PretrainRun, name, values, "stories", train)
+        return self._run("pretrain", name, values, "stories", train)
 
     def sft(self, name: str, start: Run, **train: Any) -> Run:
         """A fine-tuning run of the final model of another."""
-        return self._run("sft", SftRun, name, {"init_from": str(start.folder / "final")}, "chats", train)
+        return self._run("sft", name, {"init_from": str(start.folder / "final")}, "chats", train)
 
-    def _run(
-        self, command: str, kind: type[Any], name: str, values: dict[str, Any], data: str, train: dict[str, Any]
-    ) -> Run:
+    def _run(self, command: str, name: str, values: dict[str, Any], data: str, train: dict[str, Any]) -> Run:
         folder = self.folder / name
         values |= {
             "output_dir": str(folder),
@@ -154,8 +151,8 @@ class Lab:
             | train,
         }
         config = self.folder / f"{name}.yaml"
-        config.write_text(dump_config(kind.model_validate(values)), encoding="utf-8")
-        return Run(command, config, folder)
+        config.write_text(json.dumps(values), encoding="utf-8")  # which is YAML too
+        return Run(command, config, folder, values["train"]["save_every"])
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ class Reference:
             time.sleep(0.002)
         start_up = time.monotonic() - started
         assert wait(process) == 0, run.log()
-        saves = run.step() / _save_every(run)
+        saves = run.step() / run.save_every
         return cls(run, run.result(), start_up, (time.monotonic() - started - start_up) / saves)
 
     def moment(self, rng: random.Random) -> float:
@@ -192,7 +189,3 @@ class Reference:
         assert result["sha256"] == self.result["sha256"], "the final weights differ"
         assert not run.leftovers(), run.leftovers()
         assert not run.damaged(), run.damaged()
-
-
-def _save_every(run: Run) -> int:
-    return load_config(TrainingRun, run.config).train.save_every
