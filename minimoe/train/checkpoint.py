@@ -209,7 +209,7 @@ def verify(folder: Path) -> str | None:
 def latest(root: Path) -> tuple[Path | None, dict[str, str]]:
     """The newest verified checkpoint under `root`, and why each newer one was refused."""
     refused: dict[str, str] = {}
-    for folder in _newest_first(root):
+    for folder in newest_first(root):
         reason = verify(folder)
         if reason is None:
             return folder, refused
@@ -236,7 +236,7 @@ def latest_or_fail(root: Path) -> tuple[Path | None, dict[str, str]]:
 
 def prune(root: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all but the newest `keep_last` verified checkpoints and the best one; damaged ones stay for a look."""
-    verified = [folder for folder in _newest_first(root) if verify(folder) is None]
+    verified = [folder for folder in newest_first(root) if verify(folder) is None]
     for folder in verified[keep_last:]:
         if best_step is None or folder.name != f"step-{best_step:08d}":
             failpoint("prune.delete")
@@ -325,7 +325,8 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _newest_first(root: Path) -> list[Path]:
+def newest_first(root: Path) -> list[Path]:
+    """The checkpoints under `root`, verified or not."""
     return sorted((path for path in root.glob("step-*") if path.is_dir()), key=lambda path: path.name, reverse=True)
 
 

@@ -82,21 +82,21 @@ def _estimate_step_seconds(run: Run) -> float:
         with accelerator.autocast(), float32_by_onednn(accelerator.device, model.config.hidden_size):
             run.objective(model, micro, micro.num_items()).loss.backward()
         model.zero_grad()
-        _finish(accelerator)
+        _synchronise(accelerator)
         times.append(time.perf_counter() - start)
     start = time.perf_counter()
     for optimizer in run.optimizers:
         if isinstance(optimizer, Muon):
             for parameter in optimizer.param_groups[0]["params"]:
                 newton_schulz(parameter.detach() if parameter.ndim == 3 else parameter.detach()[None])
-    _finish(accelerator)
+    _synchronise(accelerator)
     orthogonalisation = time.perf_counter() - start
     checkpoint.set_rng(rng)
     micros = math.ceil(run.config.train.batch_size / run.micro_rows / accelerator.num_processes)
     return times[-1] * micros + orthogonalisation
 
 
-def _finish(accelerator: Accelerator) -> None:
+def _synchronise(accelerator: Accelerator) -> None:
     """Wait until a GPU has done what it was given."""
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize()

@@ -22,6 +22,7 @@ from minimoe.config import TrainingRun
 from minimoe.config_file import dump_config
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted, UserError
 from minimoe.loading import FINAL
+from minimoe.train.checkpoint import newest_first
 from minimoe.train.guard import SKIPPED_FOLDER
 from minimoe.train.metrics import METRICS_FILE
 
@@ -58,8 +59,8 @@ class RunStatus:
         if not self._enabled:
             return
         if "exit_code" in values:
-            checkpoints = sorted(path.name for path in (self._folder / CHECKPOINTS).glob("step-*"))
-            values |= {"ended": _now(), "newest_checkpoint": checkpoints[-1] if checkpoints else None}
+            names = [path.name for path in newest_first(self._folder / CHECKPOINTS)]
+            values |= {"ended": _now(), "newest_checkpoint": names[0] if names else None}
         temporary = self._folder / f".{STATUS_FILE}"
         temporary.write_text(json.dumps(self._facts | values, indent=1), encoding="utf-8")
         temporary.replace(self._folder / STATUS_FILE)
