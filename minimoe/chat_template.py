@@ -119,12 +119,12 @@ class _Worker:
                 self._end()
                 raise UserError(
                     f"the chat template takes more than {MAX_SECONDS:g} s or {MAX_MEMORY >> 20} MiB to render",
-                    mend="mend chat_template.jinja, or use another tokenizer",
+                    fix="fix chat_template.jinja, or use another tokenizer",
                 )
             self._template = None
         result = json.loads(answer)
         if "error" in result:
-            raise UserError(result["error"], mend="mend chat_template.jinja, or use another tokenizer")
+            raise UserError(result["error"], fix="fix chat_template.jinja, or use another tokenizer")
         return result["text"], [(start, stop) for start, stop in result["spans"]]
 
     def _end(self) -> None:

@@ -194,7 +194,7 @@ def _large_imports() -> Iterator[None]:
 def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, overwrite: bool) -> None:
     """Run a training stage: its config and its module go by its name."""
     if resume and overwrite:
-        raise UserError("both --resume and --overwrite are given", mend="give the one you mean")
+        raise UserError("both --resume and --overwrite are given", fix="give the one you mean")
     from minimoe.config_file import TRAINING_RUNS, load_config
 
     with _large_imports():  # a config with an architecture needs transformers too
@@ -246,8 +246,8 @@ def main() -> NoReturn:
             print(f"error: {error.strerror}\n  at: {place[:200]}", file=sys.stderr)
             sys.exit(EXIT_IO)
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error))):
-            mend = "lower train.micro_batch_size, batch_size, data.sequence_length or the model's sizes"
-            print(f"error: out of memory: {str(error).partition(chr(10))[0][:200]}\n  mend: {mend}", file=sys.stderr)
+            fix = "lower train.micro_batch_size, batch_size, data.sequence_length or the model's sizes"
+            print(f"error: out of memory: {str(error).partition(chr(10))[0][:200]}\n  fix: {fix}", file=sys.stderr)
             sys.exit(EXIT_USER)
         print(f"error: a bug in minimoe ({type(error).__name__}: {error}); run again with --debug", file=sys.stderr)
         sys.exit(EXIT_BUG)

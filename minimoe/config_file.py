@@ -35,7 +35,7 @@ def load_config(kind: type[Config], path: str | Path | None, overrides: Sequence
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in given:
-            raise UserError(f"{key} is given twice", where="the command line", mend="keep one of the two")
+            raise UserError(f"{key} is given twice", where="the command line", fix="keep one of the two")
         given.add(key)
         _apply_override(values, lines, override)
     if kind is TrainingRun:
@@ -56,11 +56,11 @@ def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str
     """Set one `key.sub=value`; the value is parsed as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"override {shorten(override)} is not key=value", mend="write it like train.max_steps=100")
+        raise UserError(f"override {shorten(override)} is not key=value", fix="write it like train.max_steps=100")
     try:
         value = parse(text, "the value")
     except UserError as error:
-        raise UserError(f"override {shorten(override)}: {error.what}", mend="quote the value") from None
+        raise UserError(f"override {shorten(override)}: {error.what}", fix="quote the value") from None
     *parents, last = key.strip().split(".")
     target = values
     for depth, parent in enumerate(parents):
@@ -68,7 +68,7 @@ def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str
         if not isinstance(child, dict):
             dotted = ".".join(parents[: depth + 1])
             raise UserError(
-                f"override {shorten(override)}: {dotted} is a value, not a section", mend=f"override {dotted} itself"
+                f"override {shorten(override)}: {dotted} is a value, not a section", fix=f"override {dotted} itself"
             )
         target = child
     target[last] = value
@@ -91,7 +91,7 @@ def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, l
         place = _nearest_line(dotted, lines, source)
         problems.append(f"{dotted + ': ' if dotted else ''}{message} ({place})")
     if len(problems) == 1:
-        return UserError(problems[0], mend="correct the value and run the command again")
+        return UserError(problems[0], fix="correct the value and run the command again")
     listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
     return UserError(f"{len(problems)} problems in {source}\n{listing}")
 

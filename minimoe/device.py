@@ -26,7 +26,7 @@ def pick_device(name: str, where: str = "") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         known = ", ".join(kind for kind, there in present.items() if there)
         raise UserError(
-            f"device {name!r} is not available here", where=where, mend=f"use auto or one of: {known}"
+            f"device {name!r} is not available here", where=where, fix=f"use auto or one of: {known}"
         ) from None
 
 

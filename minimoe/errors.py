@@ -1,6 +1,6 @@
 """Errors a person can act on, and the exit codes of every command.
 
-An error of this module is printed as at most three lines (what is wrong, where, how to mend it) without a
+An error of this module is printed as at most three lines (what is wrong, where, how to fix it) without a
 traceback; anything else that escapes a command is a bug of ours and exits with 1. How a message shows a value, and
 what it suggests for a misspelled name, is here too.
 """
@@ -28,21 +28,21 @@ class MinimoeError(Exception):
     Args:
         what: what is wrong, naming the field and the value.
         where: the file, line or key it was found at; may be empty.
-        mend: what to do about it; may be empty.
+        fix: what to do about it; may be empty.
     """
 
     exit_code = EXIT_BUG
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         super().__init__(what)
-        self.what, self.where, self.mend = what, where, mend
+        self.what, self.where, self.fix = what, where, fix
 
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
             lines.append(f"  at: {self.where}")
-        if self.mend:
-            lines.append(f"  mend: {self.mend}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
 
@@ -83,7 +83,7 @@ def disk_errors(what: str, where: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {what}: {reason}",
             where=str(where),
-            mend="free space or give permission, then start the same command with --resume",
+            fix="free space or give permission, then start the same command with --resume",
         ) from error
 
 

@@ -37,10 +37,10 @@ def check_folder(folder: Path) -> None:
             raise UserError(
                 f"{entry.name} is a link out of the folder, to {target}",
                 where=str(folder),
-                mend="copy the file into the folder, if you trust it",
+                fix="copy the file into the folder, if you trust it",
             )
         if not target.is_file():
-            raise UserError(f"{entry.name} is no file", where=str(folder), mend="copy the folder again")
+            raise UserError(f"{entry.name} is no file", where=str(folder), fix="copy the folder again")
     for name in _OBJECTS:
         if (root / name).exists():
             read_object(root / name)
@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):  # no JSON, no UTF-8, nested thousands of levels deep
         values = None
     if not isinstance(values, dict):
-        raise UserError(f"{path.name} holds no JSON object", where=str(path), mend="copy the folder again")
+        raise UserError(f"{path.name} holds no JSON object", where=str(path), fix="copy the folder again")
     return values
 
 
@@ -68,11 +68,11 @@ def _check_index(root: Path) -> None:
     weight_map = read_object(root / INDEX).get("weight_map")
     names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if not names:
-        raise UserError(f"{INDEX} has no weight_map", where=str(root), mend="copy the folder again")
+        raise UserError(f"{INDEX} has no weight_map", where=str(root), fix="copy the folder again")
     for name in sorted(names):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
                 f"{INDEX} names {name!r}: only .safetensors files of the folder itself are read",
                 where=str(root),
-                mend="copy the folder again, from a source you trust",
+                fix="copy the folder again, from a source you trust",
             )

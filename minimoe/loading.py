@@ -24,7 +24,7 @@ from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.tokenizer import load_tokenizer
 
 FINAL = "final"  # folder of a run that holds the trained model
-MEND = "give a folder with config.json and model.safetensors, such as RUN/final or RUN/checkpoints/step-…"
+FIX = "give a folder with config.json and model.safetensors, such as RUN/final or RUN/checkpoints/step-…"
 
 
 def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> tuple[Any, Any]:
@@ -62,7 +62,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
             if isinstance(error, UserError):
                 raise
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"cannot open the model: {first_line}", where=str(folder), mend=MEND) from error
+            raise UserError(f"cannot open the model: {first_line}", where=str(folder), fix=FIX) from error
     _check_loaded(info, folder)
     _check_end_ids(model, folder)
     tokenizer = load_tokenizer(str(folder))
@@ -80,7 +80,7 @@ def load_minimoe(path: str | Path, device: str = "auto") -> tuple[MiniMoeForCaus
     if not isinstance(model, MiniMoeForCausalLM):
         kind = model.config.model_type
         raise UserError(
-            f"a {kind} model; a minimoe model is needed", where=str(path), mend="give one trained by minimoe"
+            f"a {kind} model; a minimoe model is needed", where=str(path), fix="give one trained by minimoe"
         )
     return model, tokenizer
 
@@ -90,11 +90,11 @@ def model_folder(path: str | Path) -> Path:
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "not found"
-        raise UserError(f"model folder {kind}: {folder}", mend=MEND)
+        raise UserError(f"model folder {kind}: {folder}", fix=FIX)
     for candidate in (folder, folder / FINAL):
         if (candidate / "config.json").is_file():
             return candidate
-    raise UserError(f"no model in {folder}: neither config.json nor {FINAL}/config.json", mend=MEND)
+    raise UserError(f"no model in {folder}: neither config.json nor {FINAL}/config.json", fix=FIX)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, where: str = "") -> None:
@@ -104,7 +104,7 @@ def check_vocabulary(model: Any, tokenizer: Any, where: str = "") -> None:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows",
             where=where,
-            mend="use the tokenizer the model was trained with",
+            fix="use the tokenizer the model was trained with",
         )
 
 
@@ -120,7 +120,7 @@ def _check_size(folder: Path) -> None:
             raise UserError(
                 f"config.json describes {num_parameters(values):,} parameters, the weights have {num_bytes:,} bytes",
                 where=str(folder),
-                mend="the folder is damaged or mixed from two models, copy it again",
+                fix="the folder is damaged or mixed from two models, copy it again",
             )
 
 
@@ -128,9 +128,7 @@ def _check_end_ids(model: Any, folder: Path) -> None:
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = listed if isinstance(listed, list) else [listed]
     if not all(token is None or isinstance(token, int) for token in ids):
-        raise UserError(
-            f"eos_token_id is {listed!r}", where=str(folder / "generation_config.json"), mend="give numbers"
-        )
+        raise UserError(f"eos_token_id is {listed!r}", where=str(folder / "generation_config.json"), fix="give numbers")
 
 
 def _check_loaded(info: dict[str, Any], folder: Path) -> None:
@@ -144,7 +142,7 @@ def _check_loaded(info: dict[str, Any], folder: Path) -> None:
         raise UserError(
             f"the weights do not fit config.json ({'; '.join(problems)})",
             where=str(folder),
-            mend="the folder is damaged or mixed from two models, copy it again",
+            fix="the folder is damaged or mixed from two models, copy it again",
         )
 
 

@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     values = parse(_read_text(path), str(path), lines)
     if not isinstance(values, dict):
         kind = "empty" if values is None else type(values).__name__
-        raise UserError(f"config file {path} must hold a mapping, it is {kind}", mend="see the recipes in configs/")
+        raise UserError(f"config file {path} must hold a mapping, it is {kind}", fix="see the recipes in configs/")
     return values, lines
 
 
@@ -94,12 +94,12 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
-            raise UserError(f"config file {path} is longer than {MAX_BYTES >> 10} KiB", mend="give a run's config")
+            raise UserError(f"config file {path} is longer than {MAX_BYTES >> 10} KiB", fix="give a run's config")
         return data.decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"config file not found: {path}", mend="check the path; recipes are in configs/") from None
+        raise UserError(f"config file not found: {path}", fix="check the path; recipes are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path}: {error}", mend="give a YAML text file") from None
+        raise UserError(f"cannot read config file {path}: {error}", fix="give a YAML text file") from None
 
 
 def _record_lines(node: yaml.Node | None, prefix: str, file: str, lines: dict[str, str]) -> None:
@@ -115,7 +115,7 @@ def _record_lines(node: yaml.Node | None, prefix: str, file: str, lines: dict[st
                 raise UserError(
                     f"duplicate key {prefix}{key}, first on line {seen[key]}",
                     where=where,
-                    mend="keep one of the two",
+                    fix="keep one of the two",
                 )
             seen[key] = key_node.start_mark.line + 1
             lines[prefix + key] = where

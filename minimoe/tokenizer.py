@@ -106,9 +106,9 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
     # meant, and asking the hub without a network would only take a minute to fail.
     is_path = folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if not local and (is_path or (folder.parent.name and folder.parent.is_dir())):
-        raise UserError(f"tokenizer folder not found: {name}", mend="train one with `minimoe tokenizer CONFIG.yaml`")
+        raise UserError(f"tokenizer folder not found: {name}", fix="train one with `minimoe tokenizer CONFIG.yaml`")
     if local and not folder.is_dir():
-        raise UserError(f"tokenizer folder is a file: {name}", mend="give the folder that holds tokenizer.json")
+        raise UserError(f"tokenizer folder is a file: {name}", fix="give the folder that holds tokenizer.json")
     if local:
         check_folder(folder)
     try:
@@ -121,7 +121,7 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"cannot load tokenizer {name!r}: {reason}",
-            mend="give a folder with tokenizer.json, or a hub name that can be reached",
+            fix="give a folder with tokenizer.json, or a hub name that can be reached",
         ) from None
 
 
@@ -130,7 +130,7 @@ def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
     for token_id in (tokenizer.bos_token_id, tokenizer.get_vocab().get(END_OF_TEXT), tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
-    raise UserError("the tokenizer has neither a bos nor an eos token", mend="use one trained by `minimoe tokenizer`")
+    raise UserError("the tokenizer has neither a bos nor an eos token", fix="use one trained by `minimoe tokenizer`")
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -158,7 +158,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     if not re.search(r"{%-?\s*generation\s*-?%}", _chat_template(tokenizer)):
         raise UserError(
             "the chat template has no {% generation %} marks: which tokens the assistant says is unknown",
-            mend="add the marks to chat_template.jinja, or use a tokenizer trained by `minimoe tokenizer`",
+            fix="add the marks to chat_template.jinja, or use a tokenizer trained by `minimoe tokenizer`",
         )
     return _encode_rendered(tokenizer, messages, add_generation_prompt=False)
 
@@ -221,7 +221,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], split_sp
             verbose=False,
         )["input_ids"]
     except TypeError:  # the tokenizer's word for text that has no UTF-8
-        raise UserError("the text is not valid Unicode: it holds half a surrogate pair", mend="correct it") from None
+        raise UserError("the text is not valid Unicode: it holds half a surrogate pair", fix="correct it") from None
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -229,7 +229,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template or not isinstance(template, str):
-        raise UserError("the tokenizer has no chat template", mend="use a tokenizer trained by `minimoe tokenizer`")
+        raise UserError("the tokenizer has no chat template", fix="use a tokenizer trained by `minimoe tokenizer`")
     return template
 
 

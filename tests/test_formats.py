@@ -115,7 +115,7 @@ def test_bad_rows_stop_the_run_or_are_counted(data_config, write_jsonl):
     with pytest.raises(UserError) as caught:
         list(read_documents(source, data_config("x"), Counts()))
     assert caught.value.where == f"{path}:2"
-    assert "on_bad_rows: skip" in caught.value.mend
+    assert "on_bad_rows: skip" in caught.value.fix
 
     counts = Counts()
     documents = list(read_documents(source, data_config("x", on_bad_rows="skip"), counts))

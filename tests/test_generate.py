@@ -153,5 +153,5 @@ def test_impossible_int8_weights_are_refused_before_anything_is_printed(model_di
     monkeypatch.setattr("minimoe.generation.engine.why_not_packed", lambda model: "the model is on mars")
     with pytest.raises(UserError, match="the model is on mars") as refusal:
         run(model_dir, ["The cat"], SETTINGS.model_copy(update={"weights": "int8"}), device="cpu")
-    assert "weights=exact" in refusal.value.mend
+    assert "weights=exact" in refusal.value.fix
     assert capsys.readouterr().out == ""

@@ -94,7 +94,7 @@ def test_nothing_to_learn_at_all_is_a_user_error(prepare, write_jsonl, tmp_path)
 def test_plain_text_for_sft_is_a_user_error_that_names_the_formats(prepare, write_jsonl):
     with pytest.raises(UserError) as caught:
         prepare(write_jsonl([{"text": "a"}]), "sft")
-    assert "prompt_completion" in caught.value.mend
+    assert "prompt_completion" in caught.value.fix
 
 
 def test_the_shard_is_the_same_whatever_the_number_of_processes(prepare, write_jsonl, monkeypatch, tmp_path):

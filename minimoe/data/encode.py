@@ -94,14 +94,14 @@ def _result(chunk: Chunk, future: Future[Encoded]) -> Encoded:
     except MinimoeError:
         raise
     except BrokenProcessPool:
-        mend = "it was killed, perhaps for memory: set data.num_processes: 1"
-        raise StorageError("a tokenisation process died", where=where, mend=mend) from None
+        fix = "it was killed, perhaps for memory: set data.num_processes: 1"
+        raise StorageError("a tokenisation process died", where=where, fix=fix) from None
     except TimeoutError:
-        mend = "start again; if it hangs again, look at these rows or set data.num_processes: 1"
-        raise StorageError(f"a tokenisation process is silent for {TIMEOUT:g} s", where=where, mend=mend) from None
+        fix = "start again; if it hangs again, look at these rows or set data.num_processes: 1"
+        raise StorageError(f"a tokenisation process is silent for {TIMEOUT:g} s", where=where, fix=fix) from None
     except Exception as error:
         what = f"a tokenisation process failed: {type(error).__name__}: {error}"
-        raise StorageError(what, where=where, mend="look at these rows") from error
+        raise StorageError(what, where=where, fix="look at these rows") from error
 
 
 _worker: dict[str, Any] = {}  # settings of this process, when it is a worker
@@ -137,7 +137,7 @@ def _place_of_errors(place: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.what, where=error.where or place, mend=error.mend) from None
+        raise UserError(error.what, where=error.where or place, fix=error.fix) from None
 
 
 def num_characters(document: Document) -> int:

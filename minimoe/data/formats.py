@@ -122,7 +122,7 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
         raise UserError(
             f"unknown format {source.format!r}{suggestion(source.format, FORMATS)}",
             where=describe(source),
-            mend=f"formats are auto, {', '.join(FORMATS)}",
+            fix=f"formats are auto, {', '.join(FORMATS)}",
         )
     count = 0
     for row in read_rows(source):
@@ -132,7 +132,7 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
             document = to_document(row, source)
         except BadRow as bad:
             if data.on_bad_rows == "error":
-                raise UserError(bad.what, where=bad.place, mend="mend the row, or set data.on_bad_rows: skip") from None
+                raise UserError(bad.what, where=bad.place, fix="fix the row, or set data.on_bad_rows: skip") from None
             counts.bad_rows += 1
             continue
         pieces = cut_text(document) if isinstance(document, str) else [document]
@@ -148,7 +148,7 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
         raise UserError(
             f"0 usable rows ({counts.bad_rows} bad, {counts.empty_rows} empty)",
             where=describe(source),
-            mend="give a file with text in it",
+            fix="give a file with text in it",
         )
 
 

@@ -184,7 +184,7 @@ def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
         raise UserError(
             f"0 rows to train on: {sum(map(len, pools))} documents, {tokens} tokens",
             where=sources,
-            mend="give every source a document of at least 2 tokens, or lower data.validation_fraction",
+            fix="give every source a document of at least 2 tokens, or lower data.validation_fraction",
         )
     counts = {key: sum(corpus.counts[key] for corpus in corpora) for key in corpora[0].counts}
     counts["train_documents"] = sum(map(len, pools))

@@ -79,8 +79,8 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        mend = "free disk space, or set data.cache_dir to a folder that can be written"
-        raise StorageError(f"cannot write tokenised data: {error}", where=str(cache), mend=mend) from None
+        fix = "free disk space, or set data.cache_dir to a folder that can be written"
+        raise StorageError(f"cannot write tokenised data: {error}", where=str(cache), fix=fix) from None
     return _open(folder, fingerprint, len(tokenizer))
 
 
@@ -121,7 +121,7 @@ def _open(folder: Path, fingerprint: str, vocab_size: int) -> Corpus:
             raise UserError(
                 f"document {document} has token id {corpus.tokens[position]}; ids must be below {vocab_size}",
                 where=str(folder),
-                mend="delete this folder of the cache and start again",
+                fix="delete this folder of the cache and start again",
             )
     return corpus
 
@@ -173,7 +173,7 @@ def _build(
         raise UserError(
             f"nothing to learn: no answer within {data.sequence_length} tokens in {counts['dropped']} rows",
             where=sources.describe(source),
-            mend="give conversations with non-empty assistant messages, or raise data.sequence_length",
+            fix="give conversations with non-empty assistant messages, or raise data.sequence_length",
         )
     meta = {
         "dtype": np.dtype(dtype).name,
@@ -192,7 +192,7 @@ def _chunks(source: SourceConfig, data: DataConfig, stage: Stage, skipped: Count
             raise UserError(
                 "SFT learns from conversations, and this is plain text",
                 where=place,
-                mend="give rows of format messages, conversations, alpaca or prompt_completion",
+                fix="give rows of format messages, conversations, alpaca or prompt_completion",
             )
         chunk.append((document, place))
         size += num_characters(document)

@@ -76,7 +76,7 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
                     row = Row({source.text_column: row.values["text"]}, row.place)
                 yield row
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {path}: {error}", mend="check the file's permissions and contents") from None
+            raise UserError(f"cannot read {path}: {error}", fix="check the file's permissions and contents") from None
 
 
 def list_files(path: str) -> list[Path]:
@@ -86,26 +86,26 @@ def list_files(path: str) -> list[Path]:
     try:
         if root.is_file():
             if _suffix(root) not in READERS:
-                mend = f"known are {kinds}, and .gz of the text kinds"
-                raise UserError(f"unknown kind of data file: {root}", mend=mend)
+                fix = f"known are {kinds}, and .gz of the text kinds"
+                raise UserError(f"unknown kind of data file: {root}", fix=fix)
             return [root]
         is_folder = root.is_dir()
         walk = root.rglob("*") if is_folder else map(Path, glob.iglob(str(root), recursive=True))
         found = list(islice(walk, MAX_ENTRIES + 1))
         if len(found) > MAX_ENTRIES:
-            raise UserError(f"more than {MAX_ENTRIES:,} files and folders in {path}", mend="name a smaller folder")
+            raise UserError(f"more than {MAX_ENTRIES:,} files and folders in {path}", fix="name a smaller folder")
         if not found and not is_folder:
             raise UserError(
                 f"no such file, folder or glob: {path}",
-                mend="check data paths; relative ones start here: " + str(Path.cwd()),
+                fix="check data paths; relative ones start here: " + str(Path.cwd()),
             )
         if is_folder:
             found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
         files = sorted(file for file in found if file.is_file() and _suffix(file) in READERS)
     except OSError as error:
-        raise UserError(f"cannot search {path}: {error.strerror}", mend="check the path and its permissions") from None
+        raise UserError(f"cannot search {path}: {error.strerror}", fix="check the path and its permissions") from None
     if not files:
-        raise UserError(f"no data files in {path}", mend=f"known kinds are {kinds}, and .gz of the text kinds")
+        raise UserError(f"no data files in {path}", fix=f"known kinds are {kinds}, and .gz of the text kinds")
     return files
 
 
@@ -133,7 +133,7 @@ def fingerprint(source: SourceConfig) -> str:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error}", mend="check the file's permissions") from None
+            raise UserError(f"cannot read {path}: {error}", fix="check the file's permissions") from None
     return digest.hexdigest()
 
 
@@ -223,7 +223,7 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
     try:
         values = _parse_json(_decode(raw, str(path)), str(path))
     except BadRow as bad:
-        raise UserError(bad.what, where=bad.place, mend="mend the file: a broken list has no rows to skip") from None
+        raise UserError(bad.what, where=bad.place, fix="fix the file: a broken list has no rows to skip") from None
     for number, value in enumerate(values, 1):
         try:
             yield _as_row(value, f"{path}, item {number}")
@@ -288,7 +288,7 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
                 else:
                     yield Row(values, place)
     except pyarrow.ArrowException as error:
-        raise UserError(f"cannot read {path}: {error}", mend="check that it is a parquet file") from None
+        raise UserError(f"cannot read {path}: {error}", fix="check that it is a parquet file") from None
 
 
 READERS = {
@@ -309,7 +309,7 @@ def _load_hub(source: SourceConfig) -> Any:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"cannot load hub dataset {describe(source)}: {reason}",
-            mend="check hub, subset and split, the network, and access rights if the dataset is gated",
+            fix="check hub, subset and split, the network, and access rights if the dataset is gated",
         ) from None
 
 
@@ -336,8 +336,6 @@ def _read_hub(source: SourceConfig) -> Iterator[Row | BadRow]:
         except UnicodeDecodeError:
             yield BadRow("invalid UTF-8", place)
         except OSError as error:
-            raise UserError(
-                f"reading stopped: {error}", where=place, mend="check the network and start again"
-            ) from None
+            raise UserError(f"reading stopped: {error}", where=place, fix="check the network and start again") from None
         else:
             yield Row(values, place)

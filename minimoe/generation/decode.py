@@ -75,7 +75,7 @@ class DecodeBatch:
             self._positions[:, self._length : end], None if self._mask is None else self._mask[:, :end]
         )
         if self._prefilling and bool(logits.isnan().any()):
-            raise UserError("the model's outputs are NaN", mend="its weights are broken, use others")
+            raise UserError("the model's outputs are NaN", fix="its weights are broken, use others")
         self._prefilling, self._length = False, end
         if self._seen is not None:
             logits = penalize_repetition(logits, self._seen, self._settings.repetition_penalty)

@@ -87,8 +87,8 @@ class Engine:
         """
         reason = why_not_packed(self.model)
         if reason and weights == "int8":
-            mend = "use weights=exact; int8 is for unchanged minimoe models on a CPU (--device cpu)"
-            raise UserError(f"int8 weights are impossible here: {reason}", where="generation.weights", mend=mend)
+            fix = "use weights=exact; int8 is for unchanged minimoe models on a CPU (--device cpu)"
+            raise UserError(f"int8 weights are impossible here: {reason}", where="generation.weights", fix=fix)
         if reason:
             return None
         version = (weights, weights_version(self.model))
@@ -105,7 +105,7 @@ class Engine:
         reason = why_not_compiled(self.model)
         if reason:
             raise UserError(
-                f"decoding cannot be compiled: {reason}", where="generation.compile", mend="use compile=false"
+                f"decoding cannot be compiled: {reason}", where="generation.compile", fix="use compile=false"
             )
         if self._compiled is None:
             self._compiled = CompiledModel(self.model)
@@ -137,17 +137,17 @@ class Engine:
             ids = encode_prompt(self.tokenizer, prompt)
         elif chat:
             if not prompt.strip():
-                raise UserError("the prompt is empty", mend="say something, or generate without chat")
+                raise UserError("the prompt is empty", fix="say something, or generate without chat")
             ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompt}])
         else:
             ids = [] if self._boundary is None else [self._boundary]
             ids += encode_text(self.tokenizer, prompt)
         if not ids:
-            raise UserError("the prompt is empty, and this tokenizer has no document-start token", mend="give a prompt")
+            raise UserError("the prompt is empty, and this tokenizer has no document-start token", fix="give a prompt")
         if len(ids) >= self.context_length:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's context is {self.context_length} tokens",
-                mend=f"shorten the prompt to at most {self.context_length - 1} tokens",
+                fix=f"shorten the prompt to at most {self.context_length - 1} tokens",
             )
         return ids
 

@@ -70,19 +70,19 @@ def read_prompts(prompt: str | None, file: str | Path | None, stdin: TextIO | No
         UserError: no origin or two, or an origin that is missing, unreadable or empty.
     """
     if prompt is not None and file is not None:
-        raise UserError("both --prompt and --file are given", mend="give one of them")
+        raise UserError("both --prompt and --file are given", fix="give one of them")
     if prompt is not None:
         return [prompt]
     if file is not None:
         return _read_file(Path(os.path.expanduser(file)))
     if stdin is None or stdin.isatty():
-        raise UserError("no prompt", mend="give --prompt TEXT or --file FILE, or pipe text in")
+        raise UserError("no prompt", fix="give --prompt TEXT or --file FILE, or pipe text in")
     text = (
         _decode_text(stdin.buffer.read(MAX_BYTES + 1), "standard input") if hasattr(stdin, "buffer") else stdin.read()
     )
     text = text.removesuffix("\n").removesuffix("\r")  # the one newline that `echo` adds
     if not text.strip():
-        raise UserError("standard input is empty", mend="pipe a prompt in, or give --prompt TEXT")
+        raise UserError("standard input is empty", fix="pipe a prompt in, or give --prompt TEXT")
     return [text]
 
 
@@ -155,10 +155,10 @@ def _read_file(path: Path) -> list[Prompt]:
             text = _decode_text(file.read(MAX_BYTES + 1), str(path))
     except OSError as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
-        raise UserError(f"prompt file {reason}: {path}", mend="give a .txt or .jsonl file") from None
+        raise UserError(f"prompt file {reason}: {path}", fix="give a .txt or .jsonl file") from None
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
-        raise UserError(f"prompt file is empty: {path}", mend="write one prompt a line")
+        raise UserError(f"prompt file is empty: {path}", fix="write one prompt a line")
     if path.suffix == ".jsonl":
         return [_jsonl_prompt(line, f"{path}:{number}") for number, line in lines]
     return [line.removesuffix("\r") for _, line in lines]
@@ -169,7 +169,7 @@ def _jsonl_prompt(line: str, where: str) -> Prompt:
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError):
-        raise UserError("not a JSON object", where=where, mend='write {"prompt": "…"}') from None
+        raise UserError("not a JSON object", where=where, fix='write {"prompt": "…"}') from None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return row["prompt"]
     messages = row.get("messages") if isinstance(row, dict) else None
@@ -178,7 +178,7 @@ def _jsonl_prompt(line: str, where: str) -> Prompt:
     raise UserError(
         'the row has neither a text "prompt" nor "messages" with "role" and "content"',
         where=where,
-        mend='write {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
+        fix='write {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
     )
 
 
@@ -188,8 +188,8 @@ def _is_message(message: Any) -> bool:
 
 def _decode_text(data: bytes, where: str) -> str:
     if len(data) > MAX_BYTES:  # such as /dev/zero
-        raise UserError(f"more than {MAX_BYTES >> 20} MiB of prompts", where=where, mend="split them")
+        raise UserError(f"more than {MAX_BYTES >> 20} MiB of prompts", where=where, fix="split them")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text: byte {error.start}", where=where, mend="convert it to UTF-8") from None
+        raise UserError(f"not UTF-8 text: byte {error.start}", where=where, fix="convert it to UTF-8") from None

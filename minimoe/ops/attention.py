@@ -42,19 +42,10 @@ _MULTIPLE = 32  # sizes of keys: oneDNN builds a kernel for each, so few differe
 
 aten = torch.ops.aten
 
+# What follows takes the arguments of `causal_attention` in model/attention.py.
 
-def _in_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Any,
-    k_norm: Any,
-    cos: Tensor,
-    sin: Tensor,
-    scaling: float,
-    documents: Any,
-    dropout: float,
-) -> Tensor:
+
+def _in_blocks(q, k, v, q_norm, k_norm, cos, sin, scaling, documents, dropout):
     batch, sequence, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     gains = torch.cat(
@@ -68,18 +59,7 @@ def _in_blocks(
     return out.view(batch, sequence, heads, head_dim)
 
 
-def _blocks_suit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Any,
-    k_norm: Any,
-    cos: Tensor,
-    sin: Tensor,
-    scaling: float,
-    documents: Any,
-    dropout: float,
-) -> bool:
+def _blocks_suit(q, k, v, q_norm, k_norm, cos, sin, scaling, documents, dropout):
     """Made for training with oneDNN's matmuls; with MKL's, torch's kernel is as fast."""
     return (
         q.is_cpu
@@ -99,18 +79,7 @@ def _blocks_suit(
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gains: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        eps: float,
-        length: int,
-        parts: list[_Part],
-    ) -> Tensor:
+    def forward(ctx, q, k, v, gains, cos, sin, eps, length, parts):
         out = torch.empty_like(q)
         kv_heads = k.shape[1] // gains.shape[1]
         kept: list[Tensor] = []
@@ -211,18 +180,7 @@ def _probabilities(heads: Heads, block: _Block, kv_heads: int) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def _by_documents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Any,
-    k_norm: Any,
-    cos: Tensor,
-    sin: Tensor,
-    scaling: float,
-    documents: Any,
-    dropout: float,
-) -> Tensor:
+def _by_documents(q, k, v, q_norm, k_norm, cos, sin, scaling, documents, dropout):
     """One causal call per document. In float32 under autocast: a CPU attends no faster in bf16."""
     batch, sequence, heads, head_dim = q.shape
     result = v.dtype

@@ -85,19 +85,7 @@ def prepare_heads(
 
 
 @accelerated
-def prepare_heads_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gains: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    length: int,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prepare_heads_backward(q, k, v, gains, cos, sin, eps, length, grad_q, grad_k, grad_v):
     """Gradients of q, k, v and the gains from those of the heads; grad_k and grad_v are in the dtype of the gains."""
     head_dim = gains.shape[1]
     heads = torch.cat((q, k), dim=1).unflatten(1, (-1, head_dim)).to(gains.dtype)

@@ -229,7 +229,7 @@ def latest_or_fail(root: Path) -> tuple[Path | None, dict[str, str]]:
         raise CheckpointError(
             f"no usable checkpoint ({reasons})",
             where=str(root),
-            mend="restore one from a copy, or start again with --overwrite",
+            fix="restore one from a copy, or start again with --overwrite",
         )
     return found, refused
 
@@ -294,7 +294,7 @@ def _check_finite(snapshot: Snapshot) -> None:
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(
                 f"step {snapshot.state.step} is not saved: {name} has NaN or infinite values",
-                mend="lower optimizer.lr or lengthen schedule.warmup_steps; --resume continues from the last good save",
+                fix="lower optimizer.lr or lengthen schedule.warmup_steps; --resume continues from the last good save",
             )
 
 

@@ -66,7 +66,7 @@ class StepGuard:
         if self.non_finite_in_a_row > train.max_skipped_steps:
             raise NonFiniteError(
                 f"loss or gradient NaN or infinite for {self.non_finite_in_a_row} steps in a row, up to step {step}",
-                mend="lower optimizer.lr or lengthen schedule.warmup_steps; --resume goes back to the last good save",
+                fix="lower optimizer.lr or lengthen schedule.warmup_steps; --resume goes back to the last good save",
             )
 
     def collapsed(self, expert_counts: Tensor) -> list[tuple[int, int]]:

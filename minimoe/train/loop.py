@@ -277,7 +277,7 @@ def _preempted(run: Run) -> Preempted:
     return Preempted(
         f"stopped by {run.stop.signal_name or 'another process'} after step {run.state.step} of {run.total_steps}; "
         "everything is saved",
-        mend="start the same command with --resume",
+        fix="start the same command with --resume",
     )
 
 

@@ -86,5 +86,5 @@ def ranks_may_die(accelerator: Accelerator) -> Iterator[None]:
         first_line = str(error).strip().splitlines()[0]
         raise StorageError(
             f"another process of the run has died or no longer answers ({first_line})",
-            mend="look at its output, then start the same command with --resume",
+            fix="look at its output, then start the same command with --resume",
         ) from error

@@ -55,7 +55,7 @@ class StopRequest:
         if kind is _StopNow:
             raise Preempted(
                 f"stopped by {self.signal_name} before the first step; there was nothing to save",
-                mend="start the same command with --resume",
+                fix="start the same command with --resume",
             ) from None
 
     def defer(self) -> None:

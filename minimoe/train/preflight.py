@@ -22,7 +22,7 @@ def check_vocab_size(vocab_size: int, tokenizer: Any, tokenizer_source: str) -> 
         raise UserError(
             f"model.vocab_size {vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens",
             where=tokenizer_source,
-            mend=f"leave model.vocab_size out, or set it to {len(tokenizer)} or more",
+            fix=f"leave model.vocab_size out, or set it to {len(tokenizer)} or more",
         )
 
 
@@ -37,12 +37,12 @@ def check_run(config: TrainingRun, model: Any, tokenizer: Any, num_processes: in
     if train.batch_size < num_processes:
         raise UserError(
             f"train.batch_size {train.batch_size} is less than one row for each of the {num_processes} processes",
-            mend="raise train.batch_size or start fewer processes",
+            fix="raise train.batch_size or start fewer processes",
         )
     if config.data.sequence_length > limit:
         raise UserError(
             f"data.sequence_length {config.data.sequence_length} is more than model.max_position_embeddings {limit}",
-            mend=f"set data.sequence_length to {limit} or less, or give the model more positions",
+            fix=f"set data.sequence_length to {limit} or less, or give the model more positions",
         )
     engine = Engine(model, tokenizer)
     for prompt in train.sample_prompts:
@@ -57,4 +57,4 @@ def check_schedule(config: TrainingRun, total_steps: int) -> None:
     """
     problem = config.schedule.problem(total_steps)
     if problem:
-        raise UserError(problem, mend="lower it or train longer")
+        raise UserError(problem, fix="lower it or train longer")

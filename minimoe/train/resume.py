@@ -44,14 +44,14 @@ def resume(
         raise UserError(
             f"a resumed run cannot change {_listed(conflicts)}",
             where=str(found),
-            mend="restore the values, or start a new run with another output_dir",
+            fix="restore the values, or start a new run with another output_dir",
         )
     if recorded.data_fingerprint != fresh.data_fingerprint:
         edits = {key: change for key, change in changes.items() if key.startswith("data.")}
         raise UserError(
             f"the data is not what this run was trained on: {_listed(edits) or 'the contents have changed'}",
             where=str(found),
-            mend="restore the data and the data section of the config, or start a new run with another output_dir",
+            fix="restore the data and the data section of the config, or start a new run with another output_dir",
         )
     accelerator.print(f"resuming from {found}" + (f", with {_listed(changes)}" if changes else ""))
     state = checkpoint.restore(found, model, optimizers, accelerator.process_index)

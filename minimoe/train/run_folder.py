@@ -90,11 +90,11 @@ def run_folder(config: TrainingRun, *, resume: bool, overwrite: bool, enabled: b
     except Timeout:
         raise UserError(
             f"output_dir {folder} is in use by {_read_owner(folder)}",
-            mend="wait for that run or stop it, or choose another output_dir",
+            fix="wait for that run or stop it, or choose another output_dir",
         ) from None
     except OSError as error:
         raise UserError(
-            f"output_dir {folder} cannot be written: {error.strerror or error}", mend="choose another output_dir"
+            f"output_dir {folder} cannot be written: {error.strerror or error}", fix="choose another output_dir"
         ) from None
     try:
         _refuse_used(folder, resume or overwrite)
@@ -127,7 +127,7 @@ def _refuse_used(folder: Path, allowed: bool) -> None:
     if used and not allowed:
         raise UserError(
             f"output_dir {folder} already holds a run ({', '.join(used)})",
-            mend="--resume continues it from its newest checkpoint, --overwrite deletes it and starts again",
+            fix="--resume continues it from its newest checkpoint, --overwrite deletes it and starts again",
         )
 
 

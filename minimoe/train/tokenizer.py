@@ -27,7 +27,7 @@ def run(config: TokenizerRun) -> Path:
     try:
         tokenizer.save_pretrained(folder)
     except OSError as error:
-        raise UserError(f"cannot write the tokenizer: {error}", where=str(folder), mend="change output_dir") from None
+        raise UserError(f"cannot write the tokenizer: {error}", where=str(folder), fix="change output_dir") from None
 
     num_tokens = sum(len(ids) for ids in encode_texts(tokenizer, sample))
     num_bytes = sum(len(text.encode()) for text in sample)

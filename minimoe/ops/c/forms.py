@@ -98,16 +98,7 @@ class _SwiGLUExperts(torch.autograd.Function):
     """All experts on rows sorted by expert, in one call whose matmuls read the tokens themselves."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        order: Tensor,
-        token_ids: Tensor,
-        ends: Tensor,
-        weights: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-    ) -> Tensor:
+    def forward(ctx, tokens, order, token_ids, ends, weights, gate_up, down):
         row_weights = weights.flatten()[order]
         hidden, out = c.grouped_swiglu(tokens, token_ids, row_weights, gate_up, down, ends)
         ctx.save_for_backward(tokens, token_ids, row_weights, gate_up, down, ends, hidden, order)
