@@ -15,11 +15,8 @@ typedef uint32_t word __attribute__((may_alias, aligned(2)));
 template <class T> constexpr long PER_WORD = sizeof(word) / sizeof(T);
 
 /* c + a . b of each word */
-template <class T> INLINE vec add_words(vec c, words a, words b);
-
-template <> inline vec add_words<f32>(vec c, words a, words b) { return c + (vec)a * (vec)b; }
-
-template <> inline vec add_words<bf16>(vec c, words a, words b) {
+template <class T> INLINE vec add_words(vec c, words a, words b) {
+    if constexpr (PER_WORD<T> == 1) return c + (vec)a * (vec)b;
 #ifdef __AVX512BF16__
     return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 #else
@@ -31,7 +28,7 @@ template <> inline vec add_words<bf16>(vec c, words a, words b) {
 INLINE words pack(halves a, halves b) { return widen(a) | widen(b) << 16; }
 
 template <class T> INLINE words pack(vec a, vec b) {
-    if constexpr (sizeof(T) == sizeof(f32)) return (words)a;
+    if constexpr (PER_WORD<T> == 1) return (words)a;
     halves low, high;
     store((bf16 *)&low, a, LANES);
     store((bf16 *)&high, b, LANES);
