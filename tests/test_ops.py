@@ -126,7 +126,7 @@ def cached(masked: bool, new: int, dtype: torch.dtype) -> tuple[Any, ...]:
     if masked:
         bias = torch.zeros(2, 1, new, 37, dtype=dtype)
         bias[1, ..., :9] = -torch.inf
-    return randn(2, 6, new, 16, dtype=dtype), keys, values, bias, 0.3
+    return randn(2, 3, new, 2, 16, dtype=dtype), keys, values, bias, 0.3
 
 
 ROUTES = [
@@ -320,6 +320,14 @@ def _blocks_are_for_this_cpu() -> bool:
 
 def _compiled_experts_are_for_this_cpu() -> bool:
     return torch.cpu._is_avx512_supported()
+
+
+def test_the_routers_form_keeps_half_precision_tokens_for_backward_as_they_are():
+    tokens, weight = randn(37, 32, dtype=torch.bfloat16, grad=True), randn(6, 32, grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        FORMS["router_logits"][0].run(tokens, weight)
+    assert [x.dtype for x in kept if x.shape == tokens.shape] == [torch.bfloat16]
 
 
 def test_every_definition_that_has_a_form_is_tested_here():

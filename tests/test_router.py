@@ -52,12 +52,9 @@ def test_the_router_computes_in_float32_under_autocast_and_for_half_precision_in
     assert router(tokens.bfloat16()).logits.dtype == torch.float32
 
 
-def test_half_precision_tokens_are_kept_as_they_are_and_get_the_gradients_of_float32_products():
+def test_half_precision_tokens_get_the_gradients_of_float32_products():
     router, tokens = make_router(), torch.randn(37, 32).bfloat16().requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):
-        logits = router(tokens).logits
-    assert [tensor.dtype for tensor in kept if tensor.shape == tokens.shape] == [torch.bfloat16]
+    logits = router(tokens).logits
     upstream = torch.randn_like(logits)
     actual = torch.autograd.grad(logits, (tokens, router.weight), upstream)
     exact = F.linear(tokens.float(), router.weight)

@@ -177,10 +177,10 @@ class PackedLayer:
         batch, num_tokens = shape
         q, k, v = linear(x, self._qkv, self._input_norm, None).split(self._widths, dim=1)
         heads = prepare_heads(q, k, v, self._gains, cos, sin, self._eps, num_tokens)
-        q, k, v = (y.view(batch, self._kv_heads, num_tokens, -1, self._head_dim) for y in heads)
-        keys, values = cache.update(k.squeeze(3), v.squeeze(3))  # (B, K, L + n, d)
-        out = cached_attention(q.transpose(2, 3).flatten(1, 2), keys, values, bias, self._scaling)  # (B, H, n, d)
-        x = linear(out.transpose(1, 2).reshape(len(x), -1), self._output, None, x)
+        k, v = (y.view(batch, self._kv_heads, num_tokens, -1) for y in (heads.k, heads.v))
+        keys, values = cache.update(k, v)  # (B, K, L + n, d)
+        q = heads.q.view(batch, self._kv_heads, num_tokens, -1, self._head_dim)
+        x = linear(cached_attention(q, keys, values, bias, self._scaling), self._output, None, x)
         return x + self._mlp(self._post_norm(x))
 
 
@@ -189,17 +189,20 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | Non
     """Attention of the newest n tokens to all positions of a cache.
 
     Args:
-        q: (B, H, n, d).
+        q: (B, K, n, H / K, d).
         keys, values: (B, K, L, d), the newest tokens included.
         bias: (B or 1, 1, n, L), added to the scores, or None: a token sees itself and what is before it.
 
     Returns:
-        (B, H, n, d).
+        (T, H * d).
     """
-    causal = bias is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(
+    batch, _, num_tokens, _, _ = q.shape
+    causal = bias is None and num_tokens > 1
+    q = q.transpose(2, 3).flatten(1, 2)  # (B, H, n, d)
+    out = F.scaled_dot_product_attention(
         q, keys, values, attn_mask=bias, is_causal=causal, scale=scaling, enable_gqa=True
     )
+    return out.transpose(1, 2).reshape(batch * num_tokens, -1)
 
 
 @accelerated

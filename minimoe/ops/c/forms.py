@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from minimoe.ops import c
 from minimoe.ops.autocast import compute_dtype
-from minimoe.ops.c.library import why_not
+from minimoe.ops.c.library import there
 from minimoe.ops.door import FORMS, Form, needs_gradient, ordinary, untouched
 from minimoe.ops.heads import Heads
 from minimoe.ops.moe import combine, grads_of_slots, sort_by_expert, stacked
@@ -26,12 +26,7 @@ _NEWTON_SCHULZ_LARGEST = 2**21  # entries of a matrix; larger ones leave a core'
 
 def _add(definition: str, suits: Callable[..., bool], run: Callable[..., Any]) -> None:
     """A compiled form goes before the others; whether there is a compiler is asked last, as it may compile."""
-    FORMS[definition].insert(0, Form("c", lambda *args: suits(*args) and _there(), run))
-
-
-@torch.compiler.assume_constant_result
-def _there() -> bool:
-    return why_not() is None
+    FORMS[definition].insert(0, Form("c", lambda *args: suits(*args) and there(), run))
 
 
 @torch.compiler.assume_constant_result
@@ -195,10 +190,9 @@ def _linear_few_suits(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> 
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    batch, heads, _, head_dim = q.shape
-    groups = q.reshape(batch, keys.shape[1], -1, head_dim)  # the heads that share a key head are neighbours
+    batch = len(q)
     row_bias = None if bias is None else bias.view(batch, -1).float()
-    return c.attend(groups, keys, values, row_bias, scaling).view(batch, heads, 1, head_dim)
+    return c.attend(q[:, :, 0], keys, values, row_bias, scaling).view(batch, -1)
 
 
 def _attend_suits(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> bool:
@@ -208,6 +202,7 @@ def _attend_suits(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, 
         q.shape[2] == 1
         and ordinary(q, keys, values)
         and q.is_cpu
+        and q.is_contiguous()
         and q.dtype == keys.dtype == values.dtype
         and q.dtype in _FLOATS
         and keys.stride() == values.stride() == strides

@@ -42,6 +42,13 @@ def why_not() -> str | None:
     return library if isinstance(library, str) else None
 
 
+@torch.compiler.assume_constant_result
+@cache
+def there() -> bool:
+    """Whether this machine has them."""
+    return why_not() is None
+
+
 def run(name: str, dtype: torch.dtype, work: int, tensors: tuple[Any, ...], *numbers: float) -> None:
     """Call the C++ function's instance for `dtype`, on as many threads as `work` (values read) is worth.
 
