@@ -302,7 +302,7 @@ class PackedExperts:
         self._dtype = down.dtype
 
     def __len__(self) -> int:
-        return len(self.down_proj)
+        return self.down_proj.shape[0]
 
     def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
         return (partial(_expert, gate_up, down) for gate_up, down in self._packed)

@@ -21,7 +21,8 @@ from minimoe.ops.autocast import compute_dtype, without_autocast
 from minimoe.ops.door import BACKENDS, FORMS, VARIABLE, Form, accelerated, enabled, using
 
 if find_spec("minimoe.ops.c"):
-    from minimoe.ops.c import forms
+    from minimoe.ops import c
+    from minimoe.ops.c import forms  # noqa: F401
 
 __all__ = [
     "BACKENDS",
@@ -42,5 +43,5 @@ def describe(device: torch.device) -> str:
         return f"plain torch, as {VARIABLE} asks"
     if device.type != "cpu" or "c" not in enabled():
         return "torch's"
-    reason = forms.why_not() if find_spec("minimoe.ops.c") else "minimoe/ops/c is missing"
+    reason = c.why_not() if find_spec("minimoe.ops.c") else "minimoe/ops/c is missing"
     return f"torch's, slower than compiled ones: {reason}" if reason else "compiled for this CPU"

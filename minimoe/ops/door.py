@@ -93,13 +93,12 @@ def ordinary(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return all(type(x).__module__ in _TORCHS_OWN for x in tensors)
     for x in tensors:  # a loop, as this is asked hundreds of times a step
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
-            return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if (type(x) is not Tensor and type(x) is not nn.Parameter) or _is_wrapped(x):
             return False
     return True
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _TORCHS_OWN = {"torch", "torch.nn.parameter", "torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor"}
 
 
@@ -107,12 +106,13 @@ def untouched(module: Any, name: str) -> bool:
     """Whether a form may read the module's weights instead of calling it: it is the project's or torch's class `name`
     itself, no adapter, subclass or engine stands in for it, and no hook watches it."""
     kind = type(module)
-    return (
-        kind.__name__ == name
-        and kind.__module__.startswith(("minimoe.", "torch.nn.modules."))
-        and "forward" not in vars(module)
-        and not any(vars(module).get(hooks) for hooks in _HOOKS)
-    )
+    if kind.__name__ != name or not kind.__module__.startswith(("minimoe.", "torch.nn.modules.")):
+        return False
+    own = vars(module)
+    for hooks in _HOOKS:
+        if own.get(hooks):
+            return False
+    return "forward" not in own
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -39,17 +39,24 @@ def _takes(*tensors: Tensor, float32: tuple[Tensor, ...] = ()) -> bool:
     dtype = tensors[0].dtype
     if dtype not in _FLOATS or not ordinary(*tensors, *float32):
         return False
-    for x in tensors:  # a loop, as this is asked hundreds of times a step
+    for x in tensors:  # loops, as this is asked hundreds of times a step
         if x.dtype != dtype or not x.is_cpu or not x.is_contiguous():
             return False
-    return all(x.dtype == torch.float32 and x.is_cpu and x.is_contiguous() for x in float32)
+    for x in float32:
+        if x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous():
+            return False
+    return True
 
 
 def _takes_rows(*tensors: Tensor) -> bool:
     """The same of matrices whose rows may be apart, as in a slice of columns."""
     dtype = tensors[0].dtype
-    contiguous = all(x.dtype == dtype and x.is_cpu and x.stride(-1) == 1 for x in tensors)
-    return dtype in _FLOATS and contiguous and ordinary(*tensors)
+    if dtype not in _FLOATS or not ordinary(*tensors):
+        return False
+    for x in tensors:
+        if x.dtype != dtype or not x.is_cpu or x.stride(-1) != 1:
+            return False
+    return True
 
 
 # ---- passes over rows ----
@@ -186,11 +193,11 @@ def _linear_few(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> Tensor
 
 
 def _linear_few_suits(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> bool:
-    return len(x) <= _FEW_ROWS and x.is_cpu
+    return x.shape[0] <= _FEW_ROWS and x.is_cpu
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    batch = len(q)
+    batch = q.shape[0]
     row_bias = None if bias is None else bias.view(batch, -1).float()
     return c.attend(q[:, :, 0], keys, values, row_bias, scaling).view(batch, -1)
 
