@@ -68,7 +68,7 @@ def _options(
 def tokenizer(config: Config, overrides: Overrides = None) -> None:
     """Train a byte-level BPE tokenizer on the documents of a config."""
     from minimoe.config import TokenizerRun
-    from minimoe.config_file import load_config
+    from minimoe.config.file import load_config
     from minimoe.train.tokenizer import run
 
     run(load_config(TokenizerRun, config, overrides or ()))
@@ -94,7 +94,7 @@ def preview(
 ) -> None:
     """Print the first examples as the trainer sees them: learned tokens coloured, masked ones dim."""
     from minimoe.config import TrainingRun
-    from minimoe.config_file import load_config
+    from minimoe.config.file import load_config
 
     with _large_imports():
         loaded = load_config(TrainingRun, config, overrides or ())
@@ -195,7 +195,7 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
     """Run a training stage: its config and its module go by its name."""
     if resume and overwrite:
         raise UserError("both --resume and --overwrite are given", fix="give the one you mean")
-    from minimoe.config_file import TRAINING_RUNS, load_config
+    from minimoe.config.file import TRAINING_RUNS, load_config
 
     with _large_imports():  # a config with an architecture needs transformers too
         loaded = load_config(TRAINING_RUNS[stage], config, overrides or ())
@@ -205,7 +205,7 @@ def _train(stage: str, config: Path, overrides: list[str] | None, resume: bool, 
 
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
     from minimoe.config import GenerateRun
-    from minimoe.config_file import load_config
+    from minimoe.config.file import load_config
 
     # Bare, or with their section as the YAML file has them.
     dotted = [f"generation.{word.removeprefix('generation.')}" for word in _join_flags(overrides)]

@@ -7,7 +7,7 @@ import yaml
 from tiny import tiny_model
 
 from minimoe.config import PretrainRun, SftRun, TokenizerRun, TrainingRun
-from minimoe.config_file import dump_config, load_config
+from minimoe.config.file import dump_config, load_config
 from minimoe.errors import UserError
 from minimoe.model.config import num_parameters
 

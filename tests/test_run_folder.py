@@ -86,7 +86,7 @@ def test_a_failed_run_says_why_and_a_folder_without_any_progress_can_be_used_aga
 def test_a_killed_run_leaves_a_lock_that_hinders_nobody(tmp_path, pretrain_config):
     config = pretrain_config(max_steps=1)
     code = (
-        "import os, sys; from minimoe.config import PretrainRun; from minimoe.config_file import load_config\n"
+        "import os, sys; from minimoe.config import PretrainRun; from minimoe.config.file import load_config\n"
         "from minimoe.train.run_folder import run_folder\n"
         "with run_folder(load_config(PretrainRun, sys.argv[1]), resume=False, overwrite=False): os.kill(os.getpid(), 9)"
     )

@@ -18,9 +18,7 @@ BELOW = {
     "openmp": set(),
     "ops": set(),
     "model": {"ops", "errors"},
-    "config": {"model"},
-    "strict_yaml": {"errors"},
-    "config_file": {"config", "strict_yaml", "errors"},
+    "config": {"model", "errors"},
     "folder": {"errors"},
     "chat_template": {"errors"},
     "tokenizer": {"errors", "chat_template", "folder"},
@@ -29,8 +27,8 @@ BELOW = {
     "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
     "generation": {"loading", "tokenizer", "config", "errors", "model", "ops"},
     "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "ops", "device"}
-    | {"tokenizer", "config_file", "device"},
-    "cli": {"train", "generation", "evaluate", "data", "config", "config_file", "errors", "openmp"},
+    | {"tokenizer", "device"},
+    "cli": {"train", "generation", "evaluate", "data", "config", "errors", "openmp"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

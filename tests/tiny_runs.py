@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimoe.cli import main
-from minimoe.config_file import dump_config
+from minimoe.config.file import dump_config
 from minimoe.train.metrics import CLOCK_FIELDS
 
 STORIES = [

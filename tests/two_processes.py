@@ -7,7 +7,7 @@ import sys
 import torch
 
 from minimoe.config import PretrainRun
-from minimoe.config_file import load_config
+from minimoe.config.file import load_config
 from minimoe.data.loader import open_data
 from minimoe.tokenizer import load_tokenizer
 from minimoe.train.objectives import next_token

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from minimoe.config import TrainingRun
-from minimoe.config_file import dump_config
+from minimoe.config.file import dump_config
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted, UserError
 from minimoe.loading import FINAL
 from minimoe.train.checkpoint import newest_first

@@ -98,7 +98,7 @@ def measure_speed(config: Path, overrides: list[str], folder: Path, threads: int
 def max_steps(config: Path, overrides: list[str]) -> int:
     """The steps that a config asks for."""
     from minimoe.config import PretrainRun
-    from minimoe.config_file import load_config
+    from minimoe.config.file import load_config
 
     steps = load_config(PretrainRun, config, overrides).train.max_steps
     if steps is None:

@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from minimoe.config import PretrainRun, Section, SftRun, TrainingRun
+from minimoe.config.strict_yaml import parse, read_yaml
 from minimoe.errors import UserError, shorten, suggestion
-from minimoe.strict_yaml import parse, read_yaml
 
 Config = TypeVar("Config", bound=Section)
 TRAINING_RUNS: dict[str, type[TrainingRun]] = {kind.stage: kind for kind in (PretrainRun, SftRun)}

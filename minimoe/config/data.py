@@ -1,0 +1,65 @@
+"""Documents: where they come from, how they are split and packed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from minimoe.config.section import Folder, Section
+
+
+class SourceConfig(Section):
+    """Where documents come from: a local path or a hub dataset."""
+
+    path: str | None = Field(None, description="file, folder or glob of txt, jsonl, json, parquet or csv")
+    hub: str | None = Field(None, description="Hugging Face hub dataset name, e.g. roneneldan/TinyStories")
+    subset: str | None = Field(None, description="hub dataset configuration name")
+    split: str = Field("train", description="hub dataset split")
+    streaming: bool = Field(False, description="stream the hub dataset instead of downloading it whole")
+    format: str = Field("auto", description="row format, see minimoe/data/formats.py; auto looks at the columns")
+    text_column: str = Field("text", description="column that holds the text, for the text format")
+    weight: float | None = Field(None, gt=0, description="share of the training tokens; relative to other sources")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path or hub")
+        return self
+
+
+class DataConfig(Section):
+    """Documents, how they are split and packed."""
+
+    train: tuple[SourceConfig, ...] = Field(description="training sources: a path, or a list of sources")
+    validation: tuple[SourceConfig, ...] | None = Field(
+        None, description="validation sources; null: a seeded share of the training documents"
+    )
+    validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of documents held out, 0 = none")
+    max_validation_documents: int | None = Field(
+        2000, ge=1, description="held-out documents scored at each validation; the rest stay unused"
+    )
+    sequence_length: int = Field(512, ge=8, le=1 << 20, description="tokens per training row")
+    max_documents: int | None = Field(None, ge=1, description="read at most this many documents per source")
+    on_bad_rows: Literal["error", "skip"] = Field("error", description="malformed rows: stop, or skip and count")
+    num_processes: int | None = Field(None, ge=1, le=1024, description="tokenisation processes; null: one per core")
+    cache_dir: Folder = Field("~/.cache/minimoe", description="folder of tokenised shards")
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _accept_paths(cls, value: Any) -> Any:
+        """A bare path, or a list with bare paths, is short for {path: ...}."""
+        if value is None:
+            return value
+        if isinstance(value, (str, dict)):
+            value = [value]
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError("expected a path, a source or a non-empty list of them")
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+
+    @model_validator(mode="after")
+    def _weights_all_or_none(self) -> DataConfig:
+        given = [source.weight is not None for source in self.train]
+        if any(given) and not all(given):
+            raise ValueError("train: give a weight to every source or to none")
+        return self

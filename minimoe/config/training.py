@@ -1,0 +1,97 @@
+"""Optimizer, schedule, loop and logging of a training run."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from minimoe.config.section import Name, Section
+
+
+class OptimizerConfig(Section):
+    """AdamW, or Muon for the matrices with AdamW for embeddings, norms and routers."""
+
+    name: Literal["muon", "adamw"] = Field("muon", description="optimizer")
+    lr: float = Field(0.02, gt=0, description="peak learning rate (of the matrices, with muon)")
+    adamw_lr: float = Field(0.01, gt=0, description="with muon: peak learning rate of embeddings, norms, routers")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices and embeddings")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta must be in [0, 1)")
+        return value
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a pure function of the step."""
+
+    name: Literal["cosine", "wsd", "constant"] = Field("wsd", description="shape after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    decay_fraction: float = Field(0.4, gt=0, le=1, description="wsd: final share of the steps that decays linearly")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of the peak")
+
+    def problem(self, total_steps: int) -> str | None:
+        """Why it does not fit a run of so many steps; None when it does."""
+        if self.warmup_steps <= total_steps:
+            return None
+        return f"schedule.warmup_steps {self.warmup_steps} is more than the run's {total_steps} steps"
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; give this or epochs")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="passes over the data; give this or max_steps")
+    batch_size: int = Field(32, ge=1, description="rows per optimizer step, over all processes")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="rows per forward pass and process; null: no gradient accumulation"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+    max_skipped_steps: int = Field(
+        3, ge=0, description="steps with a NaN or infinite loss or gradient skipped in a row; one more ends the run"
+    )
+    on_loss_spike: Literal["warn", "skip"] = Field(
+        "warn", description="a loss more than 6 standard deviations above its running mean: warn, or skip the step too"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: the fastest one present")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in backward to save memory")
+    compile: bool = Field(False, description="torch.compile the model")
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
+    eval_every: int = Field(200, ge=1, description="steps between validations")
+    sample_every: int | None = Field(None, ge=1, description="steps between generated samples; null: never")
+    sample_prompts: tuple[str, ...] = Field((), description="prompts of the samples")
+    sample_tokens: int = Field(64, ge=1, description="new tokens per sample")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of max_steps or epochs")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+    def total_steps(self, rows_per_epoch: int) -> int:
+        """Optimizer steps of the run."""
+        return self.max_steps or math.ceil((self.epochs or 0) * rows_per_epoch / self.batch_size)
+
+    def micro_rows(self, num_processes: int) -> int:
+        """Rows of one forward pass on one rank."""
+        return self.micro_batch_size or max(self.batch_size // num_processes, 1)
+
+
+class LoggingConfig(Section):
+    """Where metrics go beside the console and metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases; offline needs no key")
+    project: Name = Field("minimoe", description="wandb project")
+    run_name: Name | None = Field(None, description="wandb run name; null: the output folder's name")
