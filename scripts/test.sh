@@ -21,7 +21,7 @@ MINIMOE_OPS=plain python -m pytest --numprocesses auto --durations=0 --durations
   tests/test_model.py tests/test_dispatch.py tests/test_losses.py tests/test_router.py tests/test_engine.py
 if command -v "${CXX:-c++}" > /dev/null && [ "$(uname)" = Linux ]; then
   echo "== the C++ under address and undefined-behaviour sanitizers"
-  CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" ASAN_OPTIONS=detect_leaks=0 \
+  MINIMOE_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" ASAN_OPTIONS=detect_leaks=0 \
     LD_PRELOAD="$("${CXX:-c++}" -print-file-name=libasan.so) $("${CXX:-c++}" -print-file-name=libubsan.so)" \
-    python -m pytest -s -n 0 --durations=0 --durations-min=9 tests/test_c.py
+    python -m pytest -s -n 0 --durations=0 --durations-min=9 tests/test_c.py tests/test_ops.py -k "test_c.py or c0 or c1"
 fi

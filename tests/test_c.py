@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(c.why_not() is not None, reason=str(c.why_not())
 FLOATS = [torch.float32, torch.bfloat16]
 # What a result is rounded to, and a little for the order of sums; bfloat16 has 8 bits.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-SANITIZED = "-fsanitize" in os.environ.get("CXXFLAGS", "")
+SANITIZED = "-fsanitize" in os.environ.get("MINIMOE_CXXFLAGS", "")
 
 
 @pytest.fixture(params=[1, 3], autouse=True)
@@ -507,9 +507,9 @@ def test_a_cpu_without_wide_vectors_and_bfloat16_computes_the_same(tmp_path):
     gate_up, matrices = torch.randn(50, 70).bfloat16(), torch.randn(3, 70, 50).bfloat16()
     gate_up[3, 4] = float("nan")
     torch.save((gate_up, matrices), tmp_path / "tensors")
-    flags = f"{os.environ.get('CXXFLAGS', '')} -march=x86-64-v3"
+    flags = f"{os.environ.get('MINIMOE_CXXFLAGS', '')} -march=x86-64-v3"
     command = [sys.executable, "-c", ON_AN_OLDER_CPU, str(tmp_path / "tensors")]
-    subprocess.run(command, check=True, env=os.environ | {"CXXFLAGS": flags})
+    subprocess.run(command, check=True, env=os.environ | {"MINIMOE_CXXFLAGS": flags})
     activated, directions = torch.load(tmp_path / "tensors")
     # Sums may be fused or not, so that a result between two values may become either of them.
     torch.testing.assert_close(activated, c.swiglu(gate_up), rtol=2**-7, atol=0, equal_nan=True)

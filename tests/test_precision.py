@@ -9,18 +9,24 @@ import torch
 from tiny import relative_error, tiny_config
 
 from minimoe.model.language_model import MiniMoeForCausalLM
-from minimoe.ops.onednn import few_sizes, float32_by_onednn, onednn_multiplies
+from minimoe.ops.onednn import few_sizes, float32_by_onednn, onednn_multiplies, pays
 from minimoe.train import pretrain
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def onednn():
-    """Training of a model that is large enough, where this machine gives it to oneDNN."""
+def onednn_here():
+    """Skip where this machine does not give a model that is large enough to oneDNN."""
     with float32_by_onednn(CPU, 256):
         if not onednn_multiplies(CPU, torch.float32):
             pytest.skip("oneDNN multiplies float32 on CPUs with AVX-512 and without AMX only")
+
+
+@pytest.fixture
+def onednn(onednn_here):
+    """Training of a model that is large enough."""
+    with float32_by_onednn(CPU, 256):
         yield
 
 
@@ -55,28 +61,32 @@ def test_a_training_step_is_the_same_with_both_libraries(documents):
 
 
 @pytest.mark.parametrize(
-    ("avx512", "amx", "width", "pays"),
+    ("avx512", "amx", "width", "expected"),
     [(True, False, 256, True), (True, False, 255, False), (True, True, 512, False), (False, False, 512, False)],
 )
-def test_it_is_taken_where_it_is_exact_and_pays_and_only_meanwhile(avx512, amx, width, pays, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    with float32_by_onednn(CPU, width):
-        assert onednn_multiplies(CPU, torch.float32) == pays
+def test_it_is_taken_where_it_is_exact_and_pays(avx512, amx, width, expected):
+    assert pays(width, avx512, amx) == expected
+
+
+@pytest.mark.usefixtures("onednn")
+def test_sizes_are_few_where_it_multiplies():
+    assert few_sizes(1001, CPU, torch.float32) == 1024
+
+
+def test_it_multiplies_meanwhile_and_only_on_a_cpu():
+    with float32_by_onednn(CPU, 8):
+        assert not onednn_multiplies(CPU, torch.float32)
         assert onednn_multiplies(CPU, torch.bfloat16)
-        assert few_sizes(1001, CPU, torch.float32) == (1024 if pays else 1001)
-    assert not onednn_multiplies(CPU, torch.float32)
-    with float32_by_onednn(torch.device("cuda"), width):
+        assert few_sizes(1001, CPU, torch.float32) == 1001
+    with float32_by_onednn(CPU, 256):
+        pass
+    assert torch.get_float32_matmul_precision() == "highest"
+    with float32_by_onednn(torch.device("cuda"), 256):
         assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.usefixtures("onednn_here")
 def test_training_steps_are_multiplied_by_onednn_and_nothing_else(pretrain_config, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    for module in ("loop", "plan"):  # the run's model is too small to be given to oneDNN
-        monkeypatch.setattr(
-            f"minimoe.train.{module}.float32_by_onednn", lambda device, _: float32_by_onednn(device, 256)
-        )
     seen = set()
     for owner, name in ((MiniMoeForCausalLM, "forward"), (torch.Tensor, "backward")):
         method = getattr(owner, name)
@@ -86,5 +96,6 @@ def test_training_steps_are_multiplied_by_onednn_and_nothing_else(pretrain_confi
             return _method(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, functools.wraps(method)(watched))
-    pretrain.run(pretrain_config("run", max_steps=2, precision="fp32"))
+    config = pretrain_config("run", max_steps=2, precision="fp32")
+    pretrain.run(config.model_copy(update={"model": config.model | {"hidden_size": 256}}))
     assert seen == {("forward", True, True), ("backward", True, True), ("forward", False, False)}

@@ -21,14 +21,19 @@ def float32_by_onednn(device: torch.device, width: int) -> Iterator[None]:
     torch has no such switch but the one that permits lower precision. A CPU without AMX has none to offer: its matmuls
     stay float32, which the tests check. With AMX, or without AVX-512, MKL goes on.
     """
-    exact = torch.cpu._is_avx512_supported() and not torch.cpu._is_amx_tile_supported()
     before = torch.get_float32_matmul_precision()
-    if device.type == "cpu" and exact and width >= _SMALLEST_WIDTH and torch.backends.mkldnn.is_available():
+    faster = pays(width, torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported())
+    if device.type == "cpu" and faster and torch.backends.mkldnn.is_available():
         torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def pays(width: int, avx512: bool, amx: bool) -> bool:
+    """Whether oneDNN multiplies float32 faster on such a CPU, and in float32."""
+    return avx512 and not amx and width >= _SMALLEST_WIDTH
 
 
 def onednn_multiplies(device: torch.device, dtype: torch.dtype) -> bool:

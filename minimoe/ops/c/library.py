@@ -1,6 +1,6 @@
 """The C++ sources in this folder, compiled when they are first needed and called through ctypes.
 
-The machine's compiler (`CXX`, else `c++`; `CXXFLAGS` are added to its options) makes them for exactly this CPU. The
+The machine's compiler (`CXX`, else `c++`; `MINIMOE_CXXFLAGS` are added to its options) makes them for exactly this CPU. The
 result is kept in the user's cache folder, so that the few seconds are spent once. It shares torch's OpenMP threads.
 """
 
@@ -72,7 +72,7 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
 @cache
 def _library() -> ctypes.CDLL | str:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimoe"
-    return load(os.environ.get("CXX") or "c++", os.environ.get("CXXFLAGS", ""), folder)
+    return load(os.environ.get("CXX") or "c++", os.environ.get("MINIMOE_CXXFLAGS", ""), folder)
 
 
 def load(compiler: str, flags: str, folder: Path) -> ctypes.CDLL | str:
