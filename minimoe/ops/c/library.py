@@ -1,6 +1,6 @@
 """The C++ sources in this folder, compiled when they are first needed and called through ctypes.
 
-The machine's compiler (`CXX`, else `c++`; `MINIMOE_CXXFLAGS` are added to its options) makes them for exactly this CPU. The
+The compiler (`CXX`, else `c++`; `MINIMOE_CXXFLAGS` are added to its options) makes them for exactly this CPU. The
 result is kept in the user's cache folder, so that the few seconds are spent once. It shares torch's OpenMP threads.
 """
 
