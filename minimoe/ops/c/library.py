@@ -43,7 +43,6 @@ def why_not() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def there() -> bool:
     """Whether this machine has them."""
     return why_not() is None
