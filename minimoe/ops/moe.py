@@ -177,10 +177,11 @@ def weighted_swiglu_backward(gate_up: Tensor, weights: Tensor, grad: Tensor) -> 
     grad_gate_up = torch.zeros_like(gate_up)
     out, grad = torch.zeros_like(grad), grad[:m]
     gate, up = gate_up[:m].chunk(2, dim=-1)
-    silu = F.silu(gate)
-    activated = torch.mul(silu, up, out=out[:m])
-    grad_weights = (grad * activated).sum(1, dtype=torch.promote_types(grad.dtype, weights.dtype)).to(weights.dtype)
-    activated.mul_(weights[:, None])
+    # The weights' gradients are dot products in which terms cancel: their factors are not rounded before.
+    silu = F.silu(gate.to(torch.promote_types(grad.dtype, weights.dtype)))
+    activated = silu * up
+    grad_weights = (grad * activated).sum(1).to(weights.dtype)
+    torch.mul(activated, weights[:, None], out=out[:m])
     grad = (grad * weights[:, None]).to(grad.dtype)
     torch.mul(grad, silu, out=grad_gate_up[:m, width:])
     torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate_up[:m, :width])
