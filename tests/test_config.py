@@ -8,6 +8,7 @@ from tiny import tiny_model
 
 from minimoe.config import PretrainRun, SftRun, TokenizerRun, TrainingRun
 from minimoe.config.file import dump_config, load_config
+from minimoe.config.training import RATES, OptimizerConfig
 from minimoe.errors import UserError
 from minimoe.model.config import num_parameters
 
@@ -99,6 +100,56 @@ def test_a_boolean_wants_true_or_false(tmp_path):
     assert "write true or false, got 'no'" in refusal(tmp_path, BASE, "train.compile=no")
 
 
+def test_steps_and_epochs_replace_each_other(tmp_path):
+    assert load(tmp_path, BASE, "train.epochs=2").train.max_steps is None
+    in_epochs = BASE.replace("max_steps: 10", "epochs: 3")
+    assert load(tmp_path, in_epochs, "train.max_steps=5").train.epochs is None
+    assert "exactly one of max_steps or epochs" in refusal(tmp_path, BASE, "train.epochs=2", "train.max_steps=5")
+
+
+VALIDATED = BASE.replace("train: a.txt", "train: a.txt\n  validation: b.txt")
+
+
+@pytest.mark.parametrize("override", ["data.train=mine.jsonl", "data.train=[{path: mine.jsonl, weight: 2}]"])
+def test_other_training_documents_are_not_validated_on_the_files(tmp_path, capsys, override):
+    config = load(tmp_path, VALIDATED, override)
+    assert config.data.validation is None
+    assert config.data.validation_fraction == 0.02
+    assert "data.validation is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overrides", [(), ("data.sequence_length=64",), ("data.train=c", "data.validation=b.txt")])
+def test_validation_documents_stay_when_they_are_meant(tmp_path, capsys, overrides):
+    assert load(tmp_path, VALIDATED, *overrides).data.validation[0].path == "b.txt"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_learning_rate_belongs_to_its_optimizer(tmp_path, capsys):
+    assert load(tmp_path, BASE).optimizer.lr == 0.02
+    assert load(tmp_path, BASE, "optimizer.name=adamw").optimizer.lr == RATES["adamw"].default
+    assert capsys.readouterr().err == ""
+    with_muons_rate = BASE + "optimizer: {name: muon, lr: 0.03}\n"
+    assert load(tmp_path, with_muons_rate).optimizer.lr == 0.03
+    assert load(tmp_path, with_muons_rate, "optimizer.name=adamw").optimizer.lr == RATES["adamw"].default
+    assert "optimizer.lr is left out, as optimizer.name is another" in capsys.readouterr().err
+    assert load(tmp_path, with_muons_rate, "optimizer.name=adamw", "optimizer.lr=1e-4").optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "doubted"),
+    [
+        ({}, []),
+        ({"name": "adamw"}, []),
+        ({"name": "adamw", "lr": 0.02}, ["optimizer.lr 0.02"]),
+        ({"lr": 2, "adamw_lr": 1}, ["optimizer.lr 2", "optimizer.adamw_lr 1"]),
+        ({"lr": 3e-4}, ["optimizer.lr 0.0003"]),
+    ],
+)
+def test_a_rate_far_outside_its_optimizers_range_is_doubted(values, doubted):
+    doubts = OptimizerConfig.model_validate(values).doubts()
+    assert [doubt.partition(" is far")[0] for doubt in doubts] == doubted
+
+
 def test_all_problems_are_reported_together(tmp_path):
     text = refusal(tmp_path, BASE, "train.max_steps=0", "optimizer.lr=-1", "seed=x", "modle=3")
     assert text.startswith("4 problems")
@@ -109,8 +160,7 @@ def test_all_problems_are_reported_together(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.epochs=2", "exactly one of max_steps or epochs"),
-        ("schedule.warmup_steps=11", "warmup_steps 11 is more than the run's 10 steps"),
+        ("train.max_steps=null", "exactly one of max_steps or epochs"),
         ("train.micro_batch_size=5", "micro_batch_size 5 does not divide batch_size 32"),
         ("data.train=[]", "non-empty list"),
         ("data.train={hub: a/b, path: c}", "exactly one of path or hub"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from minimoe.config.data import DataConfig as DataConfig
 from minimoe.config.data import SourceConfig as SourceConfig
@@ -54,13 +54,6 @@ class TrainingRun(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     logging: LoggingConfig = LoggingConfig()
-
-    @model_validator(mode="after")
-    def _schedule_fits(self) -> TrainingRun:
-        problem = self.train.max_steps and self.schedule.problem(self.train.max_steps)
-        if problem:
-            raise ValueError(problem)
-        return self
 
     @property
     def tokenizer_source(self) -> str:

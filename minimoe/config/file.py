@@ -1,11 +1,14 @@
 """A YAML file and `key.sub=value` overrides -> a validated config, or one error that names all that is wrong.
 
-Defaults < YAML < overrides. Unknown keys get a "did you mean", every problem is reported with its line or override.
+Defaults < YAML < overrides; an override takes along what belongs to the value that it replaces. Unknown keys get a "did
+you mean", every problem is reported with its line or override.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +41,8 @@ def load_config(kind: type[Config], path: str | Path | None, overrides: Sequence
             raise UserError(f"{key} is given twice", where="the command line", fix="keep one of the two")
         given.add(key)
         _apply_override(values, lines, override)
+    for note in _drop_what_is_replaced(values, given):
+        _say(f"{note} ({path})")
     if kind is TrainingRun:
         stages: Any = TRAINING_RUNS.values()
         kind = max(stages, key=lambda stage: len(values.keys() & stage.model_fields.keys()))
@@ -73,6 +78,44 @@ def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str
         target = child
     target[last] = value
     lines[key.strip()] = f"override {shorten(override)}"
+
+
+def _drop_what_is_replaced(values: dict[str, Any], given: set[str]) -> Iterator[str]:
+    """Leave out values of the file that belong to what an override has replaced; yields what a person should know.
+
+    A run is so many steps or so many epochs: either replaces the other. Validation documents belong to the training
+    documents, and a learning rate to its optimizer.
+    """
+    train, data, optimizer = (_section(values, name) for name in ("train", "data", "optimizer"))
+    for key, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if f"train.{key}" in given and f"train.{other}" not in given and train.get(key) is not None:
+            train.pop(other, None)
+    if _touched("data.train", given) and not _touched("data.validation", given) and data.get("validation") is not None:
+        del data["validation"]
+        yield (
+            "data.validation is left out, as data.train is another: a share of the new documents is held out instead, "
+            "see data.validation_fraction"
+        )
+    if "optimizer.name" in given:
+        for rate in ("lr", "adamw_lr"):
+            if rate in optimizer and f"optimizer.{rate}" not in given:
+                del optimizer[rate]
+                yield f"optimizer.{rate} is left out, as optimizer.name is another: its default is used"
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _touched(key: str, given: set[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for name in given)
+
+
+def _say(note: str) -> None:
+    """On the first rank alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _as_user_error(kind: type[BaseModel], error: ValidationError, source: str, lines: dict[str, str]) -> UserError:

@@ -3,23 +3,60 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
 from minimoe.config.section import Name, Section
 
 
+class Rate(NamedTuple):
+    """A peak learning rate: the default, and the range outside which it is probably a mistake."""
+
+    default: float
+    lowest: float
+    highest: float
+
+
+# Muon's step has the same size whatever the gradient; AdamW's has too, but an entry at a time.
+RATES = {"muon": Rate(0.02, 1e-3, 0.1), "adamw": Rate(2e-3, 1e-6, 0.01)}
+MUONS_ADAMW = Rate(0.01, 1e-5, 0.05)  # of embeddings, norms and routers beside Muon
+
+
 class OptimizerConfig(Section):
     """AdamW, or Muon for the matrices with AdamW for embeddings, norms and routers."""
 
     name: Literal["muon", "adamw"] = Field("muon", description="optimizer")
-    lr: float = Field(0.02, gt=0, description="peak learning rate (of the matrices, with muon)")
-    adamw_lr: float = Field(0.01, gt=0, description="with muon: peak learning rate of embeddings, norms, routers")
+    lr: float = Field(
+        RATES["muon"].default,
+        gt=0,
+        description="peak learning rate (of the matrices, with muon); null: 0.02 for muon, 0.002 for adamw",
+    )
+    adamw_lr: float = Field(
+        MUONS_ADAMW.default, gt=0, description="with muon: peak learning rate of embeddings, norms, routers"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of matrices and embeddings")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_optimizer(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("lr") is None and values.get("name", "muon") in RATES:
+            values = values | {"lr": RATES[values.get("name", "muon")].default}
+        return values
+
+    def doubts(self) -> list[str]:
+        """What is probably a mistake: a rate of another optimizer, or one that lost a digit."""
+        rates = {"optimizer.lr": (self.lr, RATES[self.name])}
+        if self.name == "muon":
+            rates["optimizer.adamw_lr"] = (self.adamw_lr, MUONS_ADAMW)
+        return [
+            f"{key} {rate:g} is far from what {self.name} is usually given, {usual.lowest:g} to {usual.highest:g}"
+            for key, (rate, usual) in rates.items()
+            if not usual.lowest <= rate <= usual.highest
+        ]
 
     @field_validator("betas")
     @classmethod
@@ -33,15 +70,15 @@ class ScheduleConfig(Section):
     """Learning rate as a pure function of the step."""
 
     name: Literal["cosine", "wsd", "constant"] = Field("wsd", description="shape after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up from 0; a run that is shorter warms up for half of its steps"
+    )
     decay_fraction: float = Field(0.4, gt=0, le=1, description="wsd: final share of the steps that decays linearly")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of the peak")
 
-    def problem(self, total_steps: int) -> str | None:
-        """Why it does not fit a run of so many steps; None when it does."""
-        if self.warmup_steps <= total_steps:
-            return None
-        return f"schedule.warmup_steps {self.warmup_steps} is more than the run's {total_steps} steps"
+    def warmup(self, total_steps: int) -> int:
+        """Steps of warm-up in a run of so many."""
+        return self.warmup_steps if self.warmup_steps <= total_steps else total_steps // 2
 
 
 class TrainConfig(Section):

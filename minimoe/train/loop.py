@@ -35,7 +35,7 @@ from minimoe.train.optim import build_optimizers, lr_at_step, set_lr, update_sel
 from minimoe.train.parallel import forward_backward, ranks_may_die
 from minimoe.train.plan import print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
-from minimoe.train.preflight import check_run, check_schedule
+from minimoe.train.preflight import check_run
 from minimoe.train.resume import resume as resume_run
 from minimoe.train.run_folder import CHECKPOINTS, claim_folder, run_folder
 
@@ -129,7 +129,6 @@ def _prepare(
     """Everything up to the first step: the state to start from, the folder, the plan."""
     folder, train, values = Path(config.output_dir), config.train, config.model_dump(mode="json")
     total_steps = train.total_steps(data.train.rows_per_epoch)
-    check_schedule(config, total_steps)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if train.gradient_checkpointing:

@@ -33,11 +33,11 @@ def lr_at_step(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
     `wsd` (warm-up, stable, decay; arXiv 2404.06395) stays at 1 and falls linearly over the final `decay_fraction`
     of all steps; `constant` stays at 1.
     """
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
-    floor = schedule.min_lr_ratio
+    warmup, floor = schedule.warmup(total_steps), schedule.min_lr_ratio
+    if step < warmup:
+        return (step + 1) / warmup
     if schedule.name == "cosine":
-        progress = (step - schedule.warmup_steps) / max(total_steps - schedule.warmup_steps, 1)
+        progress = (step - warmup) / max(total_steps - warmup, 1)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     if schedule.name == "wsd":
         decay_steps = max(round(schedule.decay_fraction * total_steps), 1)

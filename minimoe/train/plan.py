@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from minimoe import ops
-from minimoe.config import TrainConfig
+from minimoe.config import ScheduleConfig, TrainConfig
 from minimoe.device import has_bf16
 from minimoe.model.config import num_parameters
 from minimoe.ops.onednn import float32_by_onednn
@@ -50,21 +50,22 @@ def print_plan(run: Run) -> None:
         "tokens": f"{tokens:,} ({tokens / total:.1f} per parameter, "
         f"{total_steps * train.batch_size / data.train.rows_per_epoch:.2f} epochs)",
         "tokens per expert": f"{tokens * share:,.0f} in each layer, if balanced",
-        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr}, {config.schedule.name}",
+        "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {_schedule(config.schedule, total_steps)}",
         "precision": _precision(train, accelerator),
         "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} threads each",
-        "operators": escape(ops.describe(accelerator.device)),
+        "operators": ops.describe(accelerator.device),
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
+    doubts = config.optimizer.doubts()
     if architecture.num_moe_layers and architecture.num_experts_per_tok == 1 and architecture.norm_topk_prob:
-        rows["warning"] = (
+        doubts.append(
             "model.norm_topk_prob makes the weight of one expert per token always 1: "
             "the router learns from the balance loss alone; pretrain with it false"
         )
-    for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/]", value)
+    for name, value in [*rows.items(), *(("warning", doubt) for doubt in doubts)]:
+        table.add_row(Text(name, style="dim"), Text(value))
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a log file has no width of its own
@@ -107,6 +108,12 @@ def _precision(train: TrainConfig, accelerator: Accelerator) -> str:
         return f"fp32 ({train.precision})"
     emulated = not has_bf16(accelerator.device)
     return f"bf16 ({train.precision})" + (", emulated: this hardware has no bf16, fp32 is faster" if emulated else "")
+
+
+def _schedule(schedule: ScheduleConfig, total_steps: int) -> str:
+    warmup, asked = schedule.warmup(total_steps), schedule.warmup_steps
+    shortened = f", as the {asked:,} asked for are more than the run has" if warmup < asked else ""
+    return f"{schedule.name} after {warmup:,} warm-up steps{shortened}" if asked else schedule.name
 
 
 def _duration(seconds: float) -> str:

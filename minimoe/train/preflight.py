@@ -47,14 +47,3 @@ def check_run(config: TrainingRun, model: Any, tokenizer: Any, num_processes: in
     engine = Engine(model, tokenizer)
     for prompt in train.sample_prompts:
         engine.encode(prompt, chat=config.chat)
-
-
-def check_schedule(config: TrainingRun, total_steps: int) -> None:
-    """What can be seen once the data is counted.
-
-    Raises:
-        UserError: a warm-up longer than the run.
-    """
-    problem = config.schedule.problem(total_steps)
-    if problem:
-        raise UserError(problem, fix="lower it or train longer")
