@@ -38,6 +38,19 @@ def make_run(tmp_path: Path):
     return make
 
 
+def test_a_folder_that_holds_anything_is_not_written_over(make_run, write_jsonl):
+    config = make_run(write_jsonl([{"text": "the cat and the hat"}] * 9))
+    folder = train_tokenizer.run(config)
+    with pytest.raises(UserError, match="already holds a tokenizer") as refused:
+        train_tokenizer.run(config)
+    assert "--overwrite" in str(refused.value)
+    train_tokenizer.run(config, overwrite=True)
+    (folder / "model.safetensors").write_bytes(b"a model")
+    with pytest.raises(UserError, match=r"holds more than a tokenizer: model\.safetensors"):
+        train_tokenizer.run(config, overwrite=True)
+    assert (folder / "model.safetensors").read_bytes() == b"a model"
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_any_unicode_text_round_trips_up_to_nfc(tiny_tokenizer, text):

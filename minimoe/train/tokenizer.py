@@ -15,15 +15,24 @@ from minimoe.errors import UserError
 from minimoe.tokenizer import encode_texts, train_bpe
 
 _SAMPLE_BYTES = 1_000_000  # text on which bytes per token is measured
+_WRITTEN = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
-def run(config: TokenizerRun) -> Path:
-    """Train a tokenizer on `config.data.train`, save it in `config.output_dir` and return that folder."""
+def run(config: TokenizerRun, *, overwrite: bool = False) -> Path:
+    """Train a tokenizer on `config.data.train`, save it in `config.output_dir` and return that folder.
+
+    Args:
+        overwrite: replace the tokenizer that the folder holds.
+
+    Raises:
+        UserError: the folder holds a tokenizer, or anything that is not a tokenizer's; or it cannot be written.
+    """
     started = time.monotonic()
+    folder = Path(config.output_dir)
+    _refuse_used(folder, overwrite)
     sample: list[str] = []
     counts = Counts()
     tokenizer = train_bpe(_training_texts(config, sample, counts), config.tokenizer.vocab_size)
-    folder = Path(config.output_dir)
     try:
         tokenizer.save_pretrained(folder)
     except OSError as error:
@@ -31,19 +40,31 @@ def run(config: TokenizerRun) -> Path:
 
     num_tokens = sum(len(ids) for ids in encode_texts(tokenizer, sample))
     num_bytes = sum(len(text.encode()) for text in sample)
-    Console().print(
+    print(
         f"tokenizer: {len(tokenizer):,} tokens, {num_bytes / max(num_tokens, 1):.2f} bytes per token, "
-        f"{time.monotonic() - started:.1f} s, saved in {folder}",
-        highlight=False,
-        soft_wrap=True,
+        f"{time.monotonic() - started:.1f} s, saved in {folder}"
     )
     if counts.bad_rows or counts.empty_rows:
-        Console().print(f"  left out: {counts.bad_rows:,} bad rows, {counts.empty_rows:,} empty rows")
+        print(f"  left out: {counts.bad_rows:,} bad rows, {counts.empty_rows:,} empty rows")
     if len(tokenizer) < config.tokenizer.vocab_size:
-        Console().print(
-            f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge"
-        )
+        print(f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge")
     return folder
+
+
+def _refuse_used(folder: Path, overwrite: bool) -> None:
+    """A tokenizer goes into a folder of its own."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = sorted(names - _WRITTEN)
+    if foreign:
+        raise UserError(
+            f"output_dir {folder} holds more than a tokenizer: {', '.join(foreign[:3])}",
+            fix="choose another output_dir",
+        )
+    if names and not overwrite:
+        raise UserError(
+            f"output_dir {folder} already holds a tokenizer",
+            fix="--overwrite replaces it (models trained with it need the old one), or choose another output_dir",
+        )
 
 
 def _training_texts(config: TokenizerRun, sample: list[str], counts: Counts) -> Iterator[str]:
