@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+import minimoe
 from minimoe import openmp
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, EXIT_USER, MinimoeError, Preempted, UserError
 
@@ -36,7 +37,9 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="replace values of the config, e.g. train.max_steps=100"),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest good checkpoint of output_dir")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="delete the run that output_dir holds and start again")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="delete what an earlier run left in output_dir and start again")
+]
 ModelDir = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="model folder, e.g. runs/quickstart/sft/final")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Settings = Annotated[
@@ -56,22 +59,31 @@ FLAGS = {"ignore_unknown_options": True}
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a generation: section")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"minimoe {minimoe.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of errors")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     if debug:
         os.environ["MINIMOE_DEBUG"] = "1"
 
 
 @app.command(epilog="Example: minimoe tokenizer configs/quickstart/tokenizer.yaml tokenizer.vocab_size=8192")
-def tokenizer(config: Config, overrides: Overrides = None) -> None:
+def tokenizer(config: Config, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Train a byte-level BPE tokenizer on the documents of a config."""
     from minimoe.config import TokenizerRun
     from minimoe.config.file import load_config
     from minimoe.train.tokenizer import run
 
-    run(load_config(TokenizerRun, config, overrides or ()))
+    run(load_config(TokenizerRun, config, overrides or ()), overwrite=overwrite)
 
 
 @app.command(epilog="Example: minimoe pretrain configs/quickstart/pretrain.yaml train.max_steps=100 --resume")
@@ -262,6 +274,8 @@ def program() -> NoReturn:
     frees all of it at once.
     """
     code = EXIT_BUG
+    for stream in (sys.stdout, sys.stderr):  # what is shown may be in any script, whatever the terminal can print
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from minimoe.config import DataConfig, SourceConfig
 from minimoe.data.loader import Validation, open_validation
@@ -112,7 +113,9 @@ def run(model_dir: str, path: str, *, json_output: bool = False, **options: Any)
         fields = ("loss", "perplexity", "bits_per_byte", "num_tokens", "num_bytes")
         print(json.dumps({name: getattr(evaluation, name) for name in fields}))
         return
-    table = Table("loss (nats/token)", "perplexity", "bits per byte", "tokens", "bytes", title=f"{model_dir} on {path}")
+    table = Table(
+        "loss (nats/token)", "perplexity", "bits per byte", "tokens", "bytes", title=Text(f"{model_dir} on {path}")
+    )
     table.add_row(
         f"{evaluation.loss:.4f}",
         f"{evaluation.perplexity:.2f}",

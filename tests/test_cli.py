@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
 import pytest
+from tiny_runs import write_yaml
 
+from minimoe import __version__
 from minimoe.cli import _generation_settings, _large_imports
 from minimoe.errors import UserError
 
@@ -63,3 +66,24 @@ def test_a_command_ends_with_its_status_and_whole_output_without_taking_the_inte
         assert ended.returncode == status
         assert text in ended.stdout + ended.stderr
         assert "taken down" not in ended.stdout
+
+
+def test_the_version_is_told():
+    words = [sys.executable, "-m", "minimoe.cli", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == f"minimoe {__version__}\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_the_terminal_cannot_print_ends_no_run(encoding, pretrain_config, write_jsonl, tmp_path):
+    config = pretrain_config(max_steps=1, sample_every=1, sample_prompts=("Grüße, 日本語 😀 ไทย",))
+    path = write_yaml(tmp_path / "run.yaml", config)
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    prompt = "Grüße, 日本語 😀 ไทย"
+    for words in (
+        ["pretrain", str(path)],
+        ["generate", f"{config.output_dir}/final", "--prompt", prompt, "--max-new-tokens", "4"],
+        ["preview", str(path)],
+    ):
+        command = [sys.executable, "-m", "minimoe.cli", *words]
+        result = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert result.returncode == 0, result.stderr.decode(encoding)

@@ -14,8 +14,8 @@ import torch
 from tiny import relative_error, tiny_config
 from tiny_runs import STORIES, rows, run_command, training_rows, write_yaml
 
-from minimoe.config import PretrainRun
-from minimoe.errors import UserError
+from minimoe.config import PretrainRun, SourceConfig
+from minimoe.config.training import OptimizerConfig
 from minimoe.evaluate import evaluate_model
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
@@ -107,12 +107,36 @@ def test_validation_runs_in_the_precision_of_training(pretrain_config, monkeypat
     assert precisions == [True, False]
 
 
-def test_a_warm_up_longer_than_the_epochs_is_refused(pretrain_config):
-    values = pretrain_config().model_dump(mode="json")
-    values["train"] |= {"max_steps": None, "epochs": 1}
-    values["schedule"]["warmup_steps"] = 100_000
-    with pytest.raises(UserError, match="warmup_steps 100000 is more than the run's"):
-        pretrain.run(PretrainRun.model_validate(values))
+def test_brackets_in_paths_and_texts_are_shown_as_they_are(pretrain_config, write_jsonl, tmp_path, capsys, monkeypatch):
+    (tmp_path / "[a]").mkdir()
+    data = write_jsonl([{"text": f"[b]{text}[/x]"} for text in STORIES], "[a]/[red]stories.jsonl")
+    config = pretrain_config("[bold]run[/x]", max_steps=1, sample_every=1, sample_prompts=("The [cat] [/x]",))
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"train": (SourceConfig(path=str(data)),)})}
+    )
+    path = write_yaml(tmp_path / "pretrain.yaml", config)
+    assert run_command(monkeypatch, "pretrain", path) == 0
+    shown = capsys.readouterr().out
+    assert "[bold]run[/x]" in shown
+    assert "The [cat] [/x]" in shown
+    assert run_command(monkeypatch, "preview", path) == 0
+    assert "[/x]" in capsys.readouterr().out
+    assert run_command(monkeypatch, "evaluate", f"{config.output_dir}/final", "--data", str(data)) == 0
+    assert "[red]stories" in "".join(capsys.readouterr().out.split())
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened_with_a_word(pretrain_config, capsys):
+    values = pretrain_config(max_steps=4).model_dump(mode="json")
+    values["schedule"] |= {"warmup_steps": 100, "name": "constant"}
+    pretrain.run(PretrainRun.model_validate(values))
+    assert "2 warm-up steps, as the 100 asked for are more than the run has" in capsys.readouterr().out
+    assert [row["lr"] for row in training_rows(values["output_dir"])] == [0.01, 0.02, 0.02, 0.02]
+
+
+def test_a_rate_that_is_probably_a_mistake_is_warned_of(pretrain_config, capsys):
+    config = pretrain_config(max_steps=1)
+    pretrain.run(config.model_copy(update={"optimizer": OptimizerConfig(name="adamw", lr=0.02)}))
+    assert "optimizer.lr 0.02 is far from what adamw is usually given" in " ".join(capsys.readouterr().out.split())
 
 
 def test_one_expert_per_token_with_a_weight_that_is_always_1_is_warned_of(pretrain_config, capsys):

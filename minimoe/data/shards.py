@@ -149,7 +149,7 @@ def _build(
     try:
         np.zeros(1, np.int64).tofile(files["offsets.bin"])
         chunks = _chunks(source, data, stage, skipped)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             # Characters of text are somewhat less than bytes of the files, so the bar may end a little early.
