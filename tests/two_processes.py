@@ -12,7 +12,7 @@ from minimoe.data.loader import open_data
 from minimoe.tokenizer import load_tokenizer
 from minimoe.train.objectives import next_token
 from minimoe.train.optim import build_optimizers
-from minimoe.train.parallel import forward_backward, make_accelerator
+from minimoe.train.parallel import forward_backward, make_accelerator, wrap
 from minimoe.train.pretrain import build_model
 
 
@@ -27,7 +27,7 @@ def main(config_path: str, folder: str) -> None:
     for layer in model.model.layers:
         layer.mlp.gate.e_score_correction_bias[0] = -100.0
     optimizers = build_optimizers(model, config.optimizer)
-    wrapped = accelerator.prepare(model)
+    wrapped = wrap(model, accelerator)
     idle_tokens, hashes, gradients = 0, [], {}
     for step in range(20):
         batch = data.train.batch(step, config.train.batch_size, accelerator.process_index, accelerator.num_processes)

@@ -32,7 +32,7 @@ from minimoe.train.memory import keep_freed_memory
 from minimoe.train.metrics import MetricsLogger
 from minimoe.train.objectives import Objective
 from minimoe.train.optim import build_optimizers, lr_at_step, set_lr, update_selection_bias
-from minimoe.train.parallel import forward_backward, ranks_may_die
+from minimoe.train.parallel import forward_backward, ranks_may_die, wrap
 from minimoe.train.plan import print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.preflight import check_run
@@ -157,7 +157,7 @@ def _prepare(
         data=data,
         objective=objective,
         accelerator=accelerator,
-        wrapped=accelerator.prepare(torch.compile(model) if train.compile else model),
+        wrapped=wrap(torch.compile(model) if train.compile else model, accelerator),
         optimizers=optimizers,
         state=state,
         total_steps=total_steps,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from minimoe.config import TrainConfig
 from minimoe.device import has_bf16, pick_device
-from minimoe.errors import StorageError
+from minimoe.errors import StorageError, UserError
 from minimoe.train.objectives import Objective
 
 
@@ -23,9 +26,13 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
     """Device, precision and process group, as the config says.
 
     Raises:
-        UserError: the config asks for a device that this machine does not have.
+        UserError: the config asks for a device that this machine does not have, or accelerate was configured for
+            something else than data-parallel training.
     """
+    check_launcher(os.environ)
     device = pick_device(train.device, where="train.device")
+    if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
+        print(f"note: on a CPU, accelerate launch starts one process; for two: {_TORCHRUN}", file=sys.stderr)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16(device))
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(
@@ -34,6 +41,37 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
         # Every rank computes the same selection bias itself; rank 0's copy must not overwrite it each forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """What `accelerate launch` or its config file ask for, and this trainer does not do or is told elsewhere.
+
+    Raises:
+        UserError: naming the variable.
+    """
+    for variable, (unset, fix) in _NOT_OURS.items():
+        value = environment.get(variable, unset)
+        if value.lower() != unset:
+            raise UserError(f"accelerate is configured with {variable}={value}", fix=fix)
+
+
+_TORCHRUN = "torchrun --nproc_per_node 2 -m minimoe.cli pretrain CONFIG.yaml"
+_DATA_PARALLEL = f"minimoe trains data-parallel: {_TORCHRUN}"
+_NOT_OURS = {  # the value that means unset, and what to do about another
+    "ACCELERATE_USE_FSDP": ("false", _DATA_PARALLEL),
+    "ACCELERATE_USE_DEEPSPEED": ("false", _DATA_PARALLEL),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", _DATA_PARALLEL),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", _DATA_PARALLEL),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "set train.micro_batch_size, and 1 step in accelerate's config"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "set train.compile, and no backend in accelerate's config"),
+}
+
+
+def wrap(model: Any, accelerator: Accelerator) -> Any:
+    """The model as training calls it on several ranks."""
+    with warnings.catch_warnings():  # torch has a new name for it, which accelerate does not know yet
+        warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
+        return accelerator.prepare(model)
 
 
 def forward_backward(
