@@ -28,8 +28,21 @@ MAX_MEMORY = 1 << 30  # bytes beyond what the process has when it starts; enforc
 # A template puts a frame around the messages; some repeat parts of them.
 MAX_CHARACTERS, MAX_GROWTH = 1 << 20, 8
 
-# ChatML. The generation marks tell which characters an assistant produces: they are what SFT learns.
+# ChatML with tools, thinking and their results as Qwen3 has them, to the letter, so that its models and programs that
+# read its format fit. The generation marks tell which characters an assistant produces: they are what SFT learns.
 CHAT_TEMPLATE = r"""
+{%- set system = messages[0].content if messages and messages[0].role == "system" else "" %}
+{%- if tools %}
+    {{- "<|im_start|>system\n" + (system + "\n\n" if system else "") }}
+    {{- "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n" }}
+    {{- "You are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" + (tool | tojson) }}
+    {%- endfor %}
+    {{- "\n</tools>\n\nFor each function call, return a json object with function name and arguments " }}
+    {{- "within <tool_call></tool_call> XML tags:\n<tool_call>\n" }}
+    {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
+{%- endif %}
 {%- for message in messages %}
     {%- if message.role == "assistant" %}
         {{- "<|im_start|>assistant\n" }}
@@ -39,14 +52,17 @@ CHAT_TEMPLATE = r"""
         {%- endif %}
         {{- message.content or "" }}
         {%- for call in message.tool_calls or [] %}
+            {{- "\n" if message.content or not loop.first }}
             {{- "<tool_call>\n" + (call.function | tojson) + "\n</tool_call>" }}
         {%- endfor %}
         {{- "<|im_end|>" }}
         {%- endgeneration %}
         {{- "\n" }}
     {%- elif message.role == "tool" %}
-        {{- "<|im_start|>tool\n<tool_response>\n" + message.content + "\n</tool_response><|im_end|>\n" }}
-    {%- else %}
+        {{- "<|im_start|>user" if loop.first or loop.previtem.role != "tool" }}
+        {{- "\n<tool_response>\n" + message.content + "\n</tool_response>" }}
+        {{- "<|im_end|>\n" if loop.last or loop.nextitem.role != "tool" }}
+    {%- elif not (tools and loop.first and message.role == "system") %}
         {{- "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}
     {%- endif %}
 {%- endfor %}

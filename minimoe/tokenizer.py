@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimoe.chat_template import CHAT_TEMPLATE, render
+from minimoe.conversation import Message
 from minimoe.errors import UserError
 from minimoe.folder import check_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, Any]  # role, content; an assistant's may add reasoning_content and tool_calls
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -185,7 +184,8 @@ def _encode_rendered(
     "|im_end|>...".
     """
     template = _chat_template(tokenizer)
-    cut = _unused_character(messages)
+    messages, tools = _as_templates_know_them(template, messages)
+    cut = _unused_character([*messages, *tools])
     control = re.compile(
         "|".join(re.escape(token) for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True))
     )
@@ -193,12 +193,17 @@ def _encode_rendered(
         {key: value if key == "role" else _defuse(value, control, cut) for key, value in message.items()}
         for message in messages
     ]
-    text, spans = render(template, safe, add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens_map)
+    variables = tokenizer.special_tokens_map | ({"tools": _defuse(tools, control, cut)} if tools else {})
+    text, spans = render(template, safe, add_generation_prompt=add_generation_prompt, **variables)
+    turns = [message.get("learned", True) for message in messages if message["role"] == "assistant"]
+    if not all(turns) and len(turns) != len(spans):
+        raise UserError("the chat template does not tell the assistant's turns apart, and one is not to be learned")
+    learned_spans = [span for span, learned in zip(spans, turns, strict=True) if learned] if not all(turns) else spans
     edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     pieces: list[str] = []
     learned_pieces: list[bool] = []
     for start, stop in pairwise(edges):
-        inside = any(left <= start < right for left, right in spans)
+        inside = any(left <= start < right for left, right in learned_spans)
         for piece in filter(None, text[start:stop].split(cut)):
             pieces.append(piece)
             learned_pieces.append(inside)
@@ -233,7 +238,30 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return template
 
 
-def _unused_character(messages: Sequence[Message]) -> str:
+def _as_templates_know_them(template: str, messages: Sequence[Message]) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Messages and tools as templates read them, where this one reads them.
+
+    Raises:
+        UserError: it has no place for something that the conversation has.
+    """
+    messages, tools = [dict(message) for message in messages], []
+    if messages and "tools" in messages[0]:
+        tools = messages[0].pop("tools")
+        messages = messages if messages[0]["content"] else messages[1:]
+    for message in messages:
+        if message.get("reasoning_content") and "reasoning_content" not in template:
+            thought = message.pop("reasoning_content")
+            message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
+    for key, given in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
+        if given and not re.search(rf"\b{key}\b", template):
+            raise UserError(
+                f"the conversation has {key}, and the tokenizer's chat template has no place for them",
+                fix="use a tokenizer trained by `minimoe tokenizer`, or remove them from the data",
+            )
+    return messages, tools
+
+
+def _unused_character(messages: Sequence[Any]) -> str:
     """A private-use character that occurs nowhere in the messages."""
     text = repr(messages)  # repr escapes private-use characters, so look for the escape as well
     return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text and repr(c)[1:-1] not in text)

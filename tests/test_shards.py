@@ -240,3 +240,11 @@ def test_sources_fit_a_source_config_from_yaml(data_config):
         SourceConfig(path="a.txt"),
         SourceConfig(hub="b/c"),
     )
+
+
+def test_columns_that_are_not_read_are_counted(tiny_tokenizer, data_config, write_jsonl):
+    rows = [{"text": "a b", "id": number, "score": number or None} for number in range(3)]
+    path = write_jsonl(rows)
+    for _ in range(2):  # built, and from the cache
+        corpus = shards.prepare(SourceConfig(path=str(path)), data_config(str(path)), tiny_tokenizer, "pretrain")
+        assert corpus.ignored == {"id": 3, "score": 2}

@@ -229,3 +229,22 @@ def test_an_unknown_hub_dataset_is_a_user_error(monkeypatch):
 def test_all_samples_are_read():
     assert {path.name for path in list_files(str(SAMPLES))} == {path.name for path in SAMPLES.iterdir()}
     assert all(isinstance(row, Row) for row in rows_of(SAMPLES))
+
+
+def test_nulls_that_arrow_adds_to_objects_are_not_the_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}], "score": None},
+        {
+            "messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 0, "text": None}}]}],
+            "score": 1,
+        },
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "g", "arguments": {"text": "t"}}]}], "score": 2},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    read = [row.values for row in read_rows(SourceConfig(path=str(tmp_path / "a.parquet")))]
+    assert read[0] == {"messages": [{"role": "user", "content": "q"}], "score": None}
+    assert read[1]["messages"][0]["tool_calls"][0]["arguments"] == {"x": 0}
+    assert read[2]["messages"][0]["tool_calls"][0]["arguments"] == {"text": "t"}

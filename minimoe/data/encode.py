@@ -28,7 +28,7 @@ import numpy as np
 
 from minimoe import tokenizer as tok
 from minimoe.config import DataConfig, Stage
-from minimoe.data.formats import Document
+from minimoe.data.formats import Document, document_texts
 from minimoe.errors import MinimoeError, StorageError, UserError
 from minimoe.failpoints import failpoint
 
@@ -158,7 +158,7 @@ def _encode_pretrain(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Encode
         else:
             with _place_of_errors(place):
                 body = tok.encode_conversation(tokenizer, document)
-            num_bytes.append(len(tokenizer.decode(body).encode()))
+            num_bytes.append(sum(len(text.encode()) for text in document_texts(document)))  # not the markup
         ids += [boundary, *body, boundary]
         lengths.append(len(body) + 2)
     return Encoded(np.array(ids, np.uint32), None, np.array(lengths, np.int64), np.array(num_bytes, np.int64), 0, 0)
@@ -172,7 +172,8 @@ def _encode_sft(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, sequence_lengt
     for document, place in chunk:
         assert not isinstance(document, str)  # shards refuses them
         turns = [message for message in document if message["role"] == "assistant"]
-        answered = turns and all(turn["content"].strip() or turn.get("tool_calls") for turn in turns)
+        learned_turns = [turn for turn in turns if turn.get("learned", True)]
+        answered = learned_turns and all(turn["content"].strip() or turn.get("tool_calls") for turn in learned_turns)
         with _place_of_errors(place):
             row, mask = tok.encode_chat(tokenizer, document) if answered else ([], [])
         overlong = len(row) > sequence_length

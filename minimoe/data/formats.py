@@ -1,92 +1,93 @@
 """Row formats: what a row of a dataset means.
 
-`FORMATS` maps a name to a function from a row's values to a document: a `str` for text, a list of messages
-for a conversation. To add a format, write one function, enter it in `FORMATS` and, if its columns tell it
-apart, in `detect_format`. A function raises `BadRow` for values that cannot be used, naming the column, the
-value and the rule.
+`FORMATS` maps a name to a `Format`: the columns it reads, and a function from a row's values to a document, a `str` for
+text or a list of messages (see `conversation.py`). To add a format, write one function, enter it in `FORMATS` and, if
+its columns tell it apart, in `detect_format`. A function raises `BadRow` for values that cannot be used, naming the
+column, the value and the rule.
 
-Every format of conversations ends in the same messages: role system, user, assistant or tool; a system
-message only first, then a user message, and so on as `NEXT_ROLES` has it. An assistant's answer that starts
-with `<think>…</think>` is split into `reasoning_content` and `content`.
+A column that no format reads is counted, so that it can be reported. One whose name says that it matters is refused.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from minimoe.config import DataConfig, SourceConfig
+from minimoe.conversation import NOTHING, BadConversation, Message, conversation, either
 from minimoe.data.sources import BadRow, Row, cut_text, describe, read_rows
 from minimoe.errors import UserError, shorten, suggestion
-from minimoe.tokenizer import Message
 
 Document = str | list[Message]
-Format = Callable[[Mapping[str, Any]], Document]
 
-# What may follow what; "" is the start.
-NEXT_ROLES = {
-    "": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
+_SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")  # columns beside any conversation
+# Left out, these would make a conversation another one.
+_MATTERS = {
+    *("history", "images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "label", "documents"),
+    *_SYSTEM,
+    *_TOOLS,
 }
-ROLE_NAMES = {
-    "human": "user",
-    "gpt": "assistant",
-    "function": "tool",
-    "observation": "tool",
-}  # ShareGPT's words
-_THINK = re.compile(r"\s*<think>\n?(.*?)\n?</think>\n*(.*)", re.DOTALL)
 
 
-def text(values: Mapping[str, Any]) -> str:
+class Format(NamedTuple):
+    """How rows become documents."""
+
+    columns: tuple[str, ...]  # that are read
+    read: Callable[[Mapping[str, Any], set[str]], Document]  # also fills the set with keys of messages that say nothing
+
+
+def text(values: Mapping[str, Any], ignored: set[str]) -> str:
     """{"text": "…"}: a document."""
     return _string(values, "text")
 
 
-def messages(values: Mapping[str, Any]) -> list[Message]:
+def messages(values: Mapping[str, Any], ignored: set[str]) -> list[Message]:
     """{"messages": [{"role": "user", "content": "…"}, …]}, as OpenAI has it."""
-    return _conversation(values, "messages")
+    return _conversation(values, _turns(values, "messages"), ignored)
 
 
-def conversations(values: Mapping[str, Any]) -> list[Message]:
+def conversations(values: Mapping[str, Any], ignored: set[str]) -> list[Message]:
     """{"conversations": [{"from": "human", "value": "…"}, …]} (ShareGPT), or role and content (minimind)."""
-    return _conversation(values, "conversations")
+    return _conversation(values, _turns(values, "conversations"), ignored)
 
 
-def alpaca(values: Mapping[str, Any]) -> list[Message]:
-    """{"instruction": "…", "input": "…", "output": "…"}; a non-empty input follows after a blank line."""
+def alpaca(values: Mapping[str, Any], ignored: set[str]) -> list[Message]:
+    """{"instruction": "…", "input": "…", "output": "…"}; a non-empty input follows after a blank line.
+
+    `history` holds earlier turns, [question, answer] each.
+    """
     question = _string(values, "instruction")
     if values.get("input"):
         question += "\n\n" + _string(values, "input")
-    turns: list[Message] = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": _string(values, "output")},
-    ]
-    if values.get("system"):
-        turns.insert(0, {"role": "system", "content": _string(values, "system")})
-    return _checked(turns)
+    turns = []
+    history = _parsed(values.get("history")) or []
+    if not isinstance(history, list):
+        raise BadRow(f"history is {shorten(history)}; a list of [question, answer] is needed")
+    for pair in [*history, [question, _string(values, "output")]]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f"history has {shorten(pair)}; [question, answer] is needed")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return _conversation(values, turns, ignored)
 
 
-def prompt_completion(values: Mapping[str, Any]) -> list[Message]:
+def prompt_completion(values: Mapping[str, Any], ignored: set[str]) -> list[Message]:
     """{"prompt": …, "completion": …}: texts (one user and one assistant turn) or lists of messages."""
     turns: list[Any] = []
     for column, role in (("prompt", "user"), ("completion", "assistant")):
-        value = values.get(column)
+        value = _parsed(values.get(column))
         turns += value if isinstance(value, list) else [{"role": role, "content": _string(values, column)}]
-    return _checked(turns)
+    return _conversation(values, turns, ignored)
 
 
 FORMATS: dict[str, Format] = {
-    "text": text,
-    "messages": messages,
-    "conversations": conversations,
-    "alpaca": alpaca,
-    "prompt_completion": prompt_completion,
+    "text": Format(("text",), text),
+    "messages": Format(("messages", *_SYSTEM, *_TOOLS), messages),
+    "conversations": Format(("conversations", *_SYSTEM, *_TOOLS), conversations),
+    "alpaca": Format(("instruction", "input", "output", "history", *_SYSTEM, *_TOOLS), alpaca),
+    "prompt_completion": Format(("prompt", "completion", *_SYSTEM, *_TOOLS), prompt_completion),
 }
 
 
@@ -104,10 +105,11 @@ def detect_format(columns: Collection[str]) -> str | None:
 
 @dataclass
 class Counts:
-    """What happened to the rows that gave no document."""
+    """What was not used of the rows."""
 
     bad_rows: int = 0
     empty_rows: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)  # rows with a column, or key of messages, that is not read
 
 
 def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> Iterator[tuple[Document, str]]:
@@ -129,7 +131,7 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
         try:
             if isinstance(row, BadRow):
                 raise row
-            document = to_document(row, source)
+            document = to_document(row, source, counts.ignored)
         except BadRow as bad:
             if data.on_bad_rows == "error":
                 raise UserError(bad.what, where=bad.place, fix="fix the row, or set data.on_bad_rows: skip") from None
@@ -152,27 +154,47 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
         )
 
 
-def to_document(row: Row, source: SourceConfig) -> Document:
-    """The row's document, or `BadRow` with its place."""
+def to_document(row: Row, source: SourceConfig, ignored: Counter[str] | None = None) -> Document:
+    """The row's document, or `BadRow` with its place; counts in `ignored` what is not read."""
     values = row.values
     if source.text_column != "text" and source.text_column in values:
         values = {**values, "text": values[source.text_column]}
+        del values[source.text_column]
     name = source.format if source.format != "auto" else detect_format(values)
+    keys: set[str] = set()
     try:
         if name is None:
             raise BadRow(f"columns {sorted(values)} fit no format ({', '.join(FORMATS)}); is text_column missing?")
-        if name == "text" and source.text_column not in ("text", *values):
+        if name == "text" and source.text_column != "text" and source.text_column not in row.values:
             raise BadRow(f"text_column {source.text_column} is missing or null; columns are {sorted(values)}")
-        return FORMATS[name](values)
-    except BadRow as bad:
-        raise BadRow(bad.what, row.place) from None
+        others = [column for column in values if column not in FORMATS[name].columns and values[column] not in NOTHING]
+        for column in others:
+            if column in _MATTERS:
+                raise BadRow(f"format {name} has no {column}, which is {shorten(values[column])}; remove the column")
+        document = FORMATS[name].read(values, keys)
+    except (BadRow, BadConversation) as bad:
+        raise BadRow(str(bad), row.place) from None
+    if ignored is not None:
+        ignored.update(others)
+        ignored.update(f"message {key}" for key in keys)
+    return document
+
+
+def list_ignored(ignored: Mapping[str, int]) -> str:
+    """What is not read of rows, for a person: the most frequent first."""
+    return ", ".join(f"{name} ({count:,} rows)" for name, count in Counter(ignored).most_common())
 
 
 def document_texts(document: Document) -> list[str]:
     """The texts a document holds, without markup."""
     if isinstance(document, str):
         return [document]
-    return [message[key] for message in document for key in ("reasoning_content", "content") if message.get(key)]
+    texts = []
+    for message in document:
+        texts += [json.dumps(tool, ensure_ascii=False) for tool in message.get("tools", ())]
+        texts += [message[key] for key in ("reasoning_content", "content") if message.get(key)]
+        texts += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return texts
 
 
 def _string(values: Mapping[str, Any], name: str) -> str:
@@ -190,71 +212,26 @@ def _string(values: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _conversation(values: Mapping[str, Any], column: str) -> list[Message]:
-    turns = values.get(column)
+def _turns(values: Mapping[str, Any], column: str) -> list[Any]:
+    turns = _parsed(values.get(column))
     if not isinstance(turns, list):
         raise BadRow(f"{column} is {shorten(turns)}; a list of messages is needed")
-    return _checked(turns)
+    return turns
 
 
-def _checked(turns: list[Any]) -> list[Message]:
-    """The messages in one spelling, roles in an allowed order."""
-    result: list[Message] = []
-    previous = ""
-    for number, turn in enumerate(turns, 1):
+def _parsed(value: Any) -> Any:
+    """A list that stands as JSON text in a column of csv or parquet."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            message = _message(turn)
-        except BadRow as bad:
-            raise BadRow(f"message {number}: {bad.what}") from None
-        role = message["role"]
-        if role not in NEXT_ROLES[previous]:
-            after = f"after {previous}" if previous else "first"
-            raise BadRow(f"message {number}: role {role} {after}; allowed is {' or '.join(NEXT_ROLES[previous])}")
-        result.append(message)
-        previous = role
-    if not result:
-        raise BadRow("the conversation is empty; at least one message is needed")
-    return result
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value  # a text that begins with a bracket
+    return value
 
 
-def _message(turn: Any) -> Message:
-    if not isinstance(turn, Mapping):
-        raise BadRow(f"{shorten(turn)} is no object with role and content")
-    given = turn.get("role") if turn.get("role") is not None else turn.get("from")
-    role = ROLE_NAMES.get(given, given) if isinstance(given, str) else given
-    if not isinstance(role, str) or role not in NEXT_ROLES or not role:
-        raise BadRow(f"role is {shorten(given)}; known are system, user, assistant, tool (and human, gpt)")
-
-    tool_calls = _tool_calls(turn.get("tool_calls")) if role == "assistant" else []
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    if isinstance(content, list):  # OpenAI's parts; only text ones can be learned here
-        content = "".join(_string(part if isinstance(part, Mapping) else {}, "text") for part in content)
-    message: Message = {"role": role, "content": content}
-    if content is None and tool_calls:
-        message["content"] = ""
-    _string(message, "content")
-    if role == "assistant":
-        if turn.get("reasoning_content"):
-            message["reasoning_content"] = _string(turn, "reasoning_content")
-        elif match := _THINK.fullmatch(message["content"]):
-            message["reasoning_content"], message["content"] = match[1], match[2]
-        if tool_calls:
-            message["tool_calls"] = tool_calls
-    return message
-
-
-def _tool_calls(value: Any) -> list[dict[str, Any]]:
-    """[{"function": {"name": …, "arguments": {…}}}]; accepts the list, or either part, as a JSON text."""
-    if not value:
-        return []
-    calls = []
-    try:
-        for call in json.loads(value) if isinstance(value, str) else value:
-            function = call.get("function") or call
-            arguments = function.get("arguments") or {}
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            calls.append({"type": "function", "function": {"name": _string(function, "name"), "arguments": arguments}})
-        json.dumps(calls, ensure_ascii=False).encode()  # half an emoji in there is a ValueError as well
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise BadRow(f"tool_calls is {shorten(value)}; a list of calls with name and arguments is needed") from None
-    return calls
+def _conversation(values: Mapping[str, Any], turns: list[Any], ignored: set[str]) -> list[Message]:
+    """The messages, with the columns beside them."""
+    system, tools = either(values, *_SYSTEM), either(values, *_TOOLS)
+    if system is not None and not isinstance(system, str):
+        raise BadRow(f"system is {shorten(system)}; a text is needed, not {type(system).__name__}")
+    return conversation(turns, system=system or "", tools=tools, ignored=ignored)

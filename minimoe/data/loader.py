@@ -18,6 +18,7 @@ B batch, S sequence.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol
@@ -152,6 +153,7 @@ class Data:
     train: Batches
     validation: Validation | None
     counts: Mapping[str, int]  # of the training sources, see shards.Corpus, and train_ and validation_documents
+    ignored: Mapping[str, int]  # likewise: rows with a column that their format does not read
     fingerprint: str  # of everything that decides the batches, but the seed
 
 
@@ -193,6 +195,7 @@ def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
         train=TrainLoader(packings, weights or None, seed),
         validation=validation,
         counts=counts,
+        ignored=sum((Counter(corpus.ignored) for corpus in corpora), Counter()),
         fingerprint=_fingerprint(corpora, validation_fingerprints, data, stage),
     )
 

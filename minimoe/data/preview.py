@@ -13,6 +13,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from minimoe.config import TrainingRun
+from minimoe.data.formats import list_ignored
 from minimoe.data.loader import open_data
 from minimoe.model.losses import IGNORE_INDEX
 from minimoe.tokenizer import load_tokenizer
@@ -28,7 +29,8 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
     """Print the first `count` training rows of a run and their share of learned tokens."""
     console = console or Console()
     tokenizer = load_tokenizer(config.tokenizer_source)
-    loader = open_data(config.data, tokenizer, config.stage, config.seed).train
+    data = open_data(config.data, tokenizer, config.stage, config.seed)
+    loader = data.train
     count = min(count, loader.rows_per_epoch)
     batch = loader.batch(step=0, batch_size=count)
 
@@ -45,6 +47,8 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
             f"{sum(learned) / len(ids):.0%} learned",
             highlight=False,
         )
+    if data.ignored:
+        console.print(f"ignored columns: {list_ignored(data.ignored)}", markup=False, highlight=False)
     total, share = int(batch.attention_mask.sum()), int(batch.num_items())
     console.print(Rule())
     console.print(

@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -34,7 +34,7 @@ from minimoe.errors import StorageError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1  # raise it when the same input gives other shards
+_VERSION = 2  # raise it when the same input gives other shards
 CHUNK_CHARACTERS = 1 << 20
 _CHECK_TOKENS = 1 << 24
 
@@ -49,6 +49,7 @@ class Corpus:
     num_bytes: np.ndarray  # (N,) int64
     fingerprint: str
     counts: dict[str, int]  # documents, tokens, bytes, truncated, dropped, bad_rows, empty_rows
+    ignored: dict[str, int]  # rows with a column that the format does not read
 
     @property
     def num_documents(self) -> int:
@@ -112,6 +113,7 @@ def _open(folder: Path, fingerprint: str, vocab_size: int) -> Corpus:
         num_bytes=np.fromfile(folder / "num_bytes.bin", dtype=np.int64),
         fingerprint=fingerprint,
         counts=meta["counts"],
+        ignored=meta["ignored"],
     )
     for start in range(0, len(corpus.tokens), _CHECK_TOKENS):
         block = corpus.tokens[start : start + _CHECK_TOKENS]
@@ -178,7 +180,8 @@ def _build(
     meta = {
         "dtype": np.dtype(dtype).name,
         "learned": stage == "sft",
-        "counts": counts | asdict(skipped),
+        "counts": counts | {"bad_rows": skipped.bad_rows, "empty_rows": skipped.empty_rows},
+        "ignored": dict(skipped.ignored),
         "sizes": {name: (folder / name).stat().st_size for name in names},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))

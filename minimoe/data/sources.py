@@ -282,13 +282,21 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
                 number += 1
                 place = f"{path}, row {number}"
                 try:
-                    values = {name: batch.column(i)[index].as_py() for i, name in enumerate(batch.schema.names)}
+                    columns = enumerate(batch.schema.names)
+                    values = {name: _without_nulls(batch.column(i)[index].as_py()) for i, name in columns}
                 except UnicodeDecodeError:
                     yield BadRow("invalid UTF-8", place)
                 else:
                     yield Row(values, place)
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {path}: {error}", fix="check that it is a parquet file") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of arrow as its row had it: arrow gives every object of a column the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 READERS = {
@@ -338,4 +346,4 @@ def _read_hub(source: SourceConfig) -> Iterator[Row | BadRow]:
         except OSError as error:
             raise UserError(f"reading stopped: {error}", where=place, fix="check the network and start again") from None
         else:
-            yield Row(values, place)
+            yield Row({name: _without_nulls(value) for name, value in values.items()}, place)

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from minimoe.config import GenerationSection
+from minimoe.conversation import Message
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine
 from minimoe.generation.generate import dim, int8_remark, open_engine, speed
-from minimoe.tokenizer import Message
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 

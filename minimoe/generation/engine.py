@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from minimoe.config import GenerationSection, WeightsName
+from minimoe.conversation import Message
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
 from minimoe.generation.compiled import CompiledModel, why_not_compiled
@@ -25,7 +26,7 @@ from minimoe.generation.packed import PackedModel, weights_version, why_not_pack
 from minimoe.generation.sampling import row_generator
 from minimoe.generation.text import Detokenizer, StopFilter
 from minimoe.loading import check_vocabulary, load_model
-from minimoe.tokenizer import Message, boundary_id, encode_prompt, encode_text
+from minimoe.tokenizer import boundary_id, encode_prompt, encode_text
 
 Prompt = str | Sequence[Message]
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from minimoe import ops
 from minimoe.config import ScheduleConfig, TrainConfig
+from minimoe.data.formats import list_ignored
 from minimoe.device import has_bf16
 from minimoe.model.config import num_parameters
 from minimoe.ops.onednn import float32_by_onednn
@@ -58,6 +59,8 @@ def print_plan(run: Run) -> None:
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
+    if data.ignored:
+        rows["ignored columns"] = list_ignored(data.ignored)
     doubts = config.optimizer.doubts()
     if architecture.num_moe_layers and architecture.num_experts_per_tok == 1 and architecture.norm_topk_prob:
         doubts.append(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minimoe.config import TokenizerRun
-from minimoe.data.formats import Counts, document_texts, read_documents
+from minimoe.data.formats import Counts, document_texts, list_ignored, read_documents
 from minimoe.errors import UserError
 from minimoe.tokenizer import encode_texts, train_bpe
 
@@ -46,6 +46,8 @@ def run(config: TokenizerRun, *, overwrite: bool = False) -> Path:
     )
     if counts.bad_rows or counts.empty_rows:
         print(f"  left out: {counts.bad_rows:,} bad rows, {counts.empty_rows:,} empty rows")
+    if counts.ignored:
+        print(f"  ignored columns: {list_ignored(counts.ignored)}")
     if len(tokenizer) < config.tokenizer.vocab_size:
         print(f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge")
     return folder
