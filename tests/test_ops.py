@@ -17,11 +17,12 @@ import torch
 from tiny import relative_error, tiny_config, tiny_experts, tiny_model
 from torch import Tensor, nn
 
+from minimoe.errors import UserError
 from minimoe.generation import packed
 from minimoe.model import attention, dispatch, losses, norm, router
 from minimoe.model.documents import Documents
 from minimoe.model.norm import MiniMoeRMSNorm
-from minimoe.ops import BACKENDS, FORMS, heads, moe, using
+from minimoe.ops import BACKENDS, FORMS, door, heads, moe, using
 from minimoe.ops import norm as norm_forms
 from minimoe.ops.onednn import few_sizes, float32_by_onednn
 from minimoe.train import optim
@@ -469,6 +470,14 @@ def test_using_leaves_only_what_it_names_and_the_definition_when_it_names_nothin
         assert ran == ["cpu"]
     finally:
         forms[:] = before
+
+
+def test_a_backend_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="not cppu"), using("cppu"):
+        pass
+    with pytest.raises(UserError, match="unknown backend in MINIMOE_OPS=onednn"):
+        door._asked_for("onednn")
+    assert door._asked_for("plain") == set()
 
 
 def test_sizes_are_few_for_onednn_and_exact_for_others():

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minimoe.errors import UserError
+
 BACKENDS = {
     "c": "compiled from our C++ for this CPU",
     "cpu": "torch's calls, arranged for a CPU",
@@ -45,7 +47,8 @@ def _asked_for(text: str) -> set[str]:
         return set(BACKENDS)
     names = {name.strip() for name in text.split(",")} - {"plain"}
     if not names <= set(BACKENDS):
-        raise ValueError(f"{VARIABLE}={text}: give plain, or some of {', '.join(BACKENDS)}, separated by commas")
+        fix = f"set it to plain, or to some of {', '.join(BACKENDS)}, separated by commas"
+        raise UserError(f"unknown backend in {VARIABLE}={text}", fix=fix)
     return names
 
 
@@ -68,7 +71,15 @@ def accelerated(definition: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def using(*backends: str) -> Iterator[None]:
-    """Only these backends meanwhile; with none of them, what runs is what is on the page."""
+    """Only these backends meanwhile; with none of them, what runs is what is on the page.
+
+    It holds for the whole process, and allows nothing that `MINIMOE_OPS` leaves out.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if not BACKENDS.keys() >= set(backends):
+        raise ValueError(f"backends are {', '.join(BACKENDS)}, not {', '.join(backends)}")
     before = set(_enabled)
     _enabled.intersection_update(backends)
     try:
