@@ -16,6 +16,9 @@ import pytest
 import torch
 from tiny import relative_error, tiny_config, tiny_experts, tiny_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from minimoe.errors import UserError
 from minimoe.generation import packed
@@ -448,6 +451,51 @@ def test_torch_func_goes_around_the_forms():
     y = x.clone().requires_grad_()
     norm.rms_norm(y, weight, 1e-3, torch.float32).sum().backward()
     assert relative_error(grad, y.grad) <= TOLERANCE[torch.float32]
+
+
+def normed(x: Tensor) -> Tensor:
+    return norm.rms_norm(x, torch.linspace(0.5, 2, 16), 1e-3, torch.float32)
+
+
+def forward_mode(x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(normed(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+FOLLOWERS = {
+    "forward mode": forward_mode,
+    "jit.trace": lambda x: torch.jit.trace(normed, (torch.ones(2, 16),), check_trace=False)(x),
+    "make_fx": lambda x: make_fx(normed)(torch.ones_like(x))(x),
+    "compiled grad": lambda x: torch.compile(torch.func.grad(lambda x: normed(x).square().sum()), backend="eager")(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("follow", FOLLOWERS.values(), ids=FOLLOWERS)
+def test_what_follows_torchs_operators_sees_the_definitions(follow):
+    torch._dynamo.reset()
+    x = randn(7, 16)
+    with using():
+        expected = follow(x)
+    torch._dynamo.reset()
+    assert relative_error(follow(x), expected) <= TOLERANCE[torch.float32]
+
+
+def test_flops_of_experts_are_counted():
+    args = dispatched("spread", 87, 2, 96, False, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        dispatch.replicated(*args)
+    assert counter.get_total_flops() == 87 * 2 * 2 * 3 * HIDDEN * 96
+
+
+def test_a_hook_on_all_modules_sees_the_norms_of_attention():
+    seen: list[str] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        attention.causal_attention(*attended(None, 2, 9, True, torch.float32))
+    finally:
+        hook.remove()
+    assert seen == ["MiniMoeRMSNorm"] * 2
 
 
 # ---- the door ----

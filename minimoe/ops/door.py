@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
 from minimoe.errors import UserError
 
@@ -61,12 +63,30 @@ def accelerated(definition: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(definition)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        for form in forms:
+        for form in () if _followed() else forms:
             if form.backend in _enabled and form.suits(*args, **kwargs):
                 return form.run(*args, **kwargs)
         return definition(*args, **kwargs)
 
     return call
+
+
+def _followed() -> bool:
+    """Whether something follows torch's operators one by one, and would miss what a form does without them: torch.func
+    while torch compiles, else forward-mode differentiation, `torch.jit.trace`, or a TorchDispatchMode (`make_fx`,
+    FlopCounterMode)."""
+    if torch.compiler.is_compiling():
+        return _within_torch_func()
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+@torch.compiler.assume_constant_result
+def _within_torch_func() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextmanager
@@ -123,7 +143,7 @@ def untouched(module: Any, name: str) -> bool:
     for hooks in _HOOKS:
         if own.get(hooks):
             return False
-    return "forward" not in own
+    return "forward" not in own and not torch_module._has_any_global_hook()
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
