@@ -498,6 +498,15 @@ def test_a_hook_on_all_modules_sees_the_norms_of_attention():
     assert seen == ["MiniMoeRMSNorm"] * 2
 
 
+def test_second_derivatives_are_refused_where_a_form_has_none():
+    x = randn(7, 16, grad=True)
+    with pytest.raises(RuntimeError, match="MINIMOE_OPS=plain"):
+        torch.autograd.grad(normed(x).sum(), x, create_graph=True)
+    with using():
+        (grad,) = torch.autograd.grad(normed(x).sum(), x, create_graph=True)
+        assert torch.autograd.grad(grad.square().sum(), x)[0].any()
+
+
 # ---- the door ----
 
 

@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops.autocast import compute_dtype
-from minimoe.ops.door import FORMS, Form, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, first_derivative, ordinary, untouched
 from minimoe.ops.heads import Heads, group, norm_and_rotate, prepare_heads, prepare_heads_backward, rotate, ungroup
 from minimoe.ops.onednn import onednn_multiplies
 
@@ -98,7 +97,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, gains, cos, sin, *kept = ctx.saved_tensors
         kept_probabilities = iter(kept)

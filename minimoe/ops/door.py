@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
 from minimoe.errors import UserError
@@ -152,3 +153,23 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether backward will want the gradient of one of these."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of a form, of which there is no derivative.
+
+    Raises:
+        RuntimeError: it is asked for (`create_graph=True`). torch's own `once_differentiable` only notices that if
+            autograd happens to pass by; else this form's part would be missing from a second derivative.
+    """
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def call(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"faster forms have no second derivatives; set {VARIABLE}=plain, or compute within minimoe.ops.using()"
+            )
+        return once(ctx, *grads)
+
+    return call

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minimoe.ops.door import accelerated
+from minimoe.ops.door import accelerated, first_derivative
 from minimoe.ops.norm import unit_rms
 
 
@@ -33,7 +32,7 @@ class _NormAndRotate(torch.autograd.Function):
         return rotate(unit_rms(x.to(gain.dtype), eps)[0].mul_(gain), cos, sin)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, cos, sin = ctx.saved_tensors
         grad_x, grad_gain = _backward(grad, *unit_rms(x.to(gain.dtype), ctx.eps), gain, cos, sin)

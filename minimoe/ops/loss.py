@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops.autocast import compute_dtype
-from minimoe.ops.door import FORMS, Form, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, first_derivative, ordinary, untouched
 from minimoe.ops.onednn import few_sizes
 
 IGNORE_INDEX = -100  # target of positions that are not learned; torch's and transformers' convention
@@ -70,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None

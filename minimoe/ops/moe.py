@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops.autocast import compute_dtype
-from minimoe.ops.door import FORMS, Form, accelerated, needs_gradient, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, accelerated, first_derivative, needs_gradient, ordinary, untouched
 from minimoe.ops.onednn import few_sizes
 
 _BLOCK_ROWS = 1024  # tokens summed at a time on a CPU: what is made of them stays in the cache
@@ -69,7 +68,7 @@ class _Replicate(torch.autograd.Function):
         return gather_rows(tokens, order // k)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return sum_slots(grad, inverse(order).view(-1, ctx.k)), None, None
@@ -85,7 +84,7 @@ class _Combine(torch.autograd.Function):
         return sum_slots(rows, inverse(order).view(-1, k))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return gather_rows(grad, order // ctx.k), None, None
@@ -215,7 +214,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return out[: len(slots.order)]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, token_ids, order, row_weights, gate_up, down, hidden = ctx.saved_tensors
         grad_out = grad_out.contiguous()
@@ -322,7 +321,7 @@ class _Float32Linear(torch.autograd.Function):
         return F.linear(tokens.float(), weight.float())
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         tokens, weight = ctx.saved_tensors
         return (grad @ weight.float()).to(tokens.dtype), (grad.t() @ tokens.float()).to(weight.dtype)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minimoe.ops.door import FORMS, Form, accelerated, needs_gradient, ordinary
+from minimoe.ops.door import FORMS, Form, accelerated, first_derivative, needs_gradient, ordinary
 
 
 def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -46,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         return norm_rows(x, weight, eps, dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         return *norm_rows_backward(x, weight, grad, ctx.eps), None, None

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops import c
 from minimoe.ops.autocast import compute_dtype
 from minimoe.ops.c.library import there
-from minimoe.ops.door import FORMS, Form, needs_gradient, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, first_derivative, needs_gradient, ordinary, untouched
 from minimoe.ops.heads import Heads
 from minimoe.ops.moe import combine, grads_of_slots, sort_by_expert, stacked
 
@@ -108,7 +107,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, token_ids, row_weights, gate_up, down, ends, hidden, order = ctx.saved_tensors
         grad_rows, grad_row_weights, *grads = c.grouped_swiglu_backward(
