@@ -507,6 +507,24 @@ def test_second_derivatives_are_refused_where_a_form_has_none():
         assert torch.autograd.grad(grad.square().sum(), x)[0].any()
 
 
+@pytest.mark.parametrize("name", list(dispatch.DISPATCHES))
+@pytest.mark.parametrize("tokens", [2, 87])
+def test_arguments_that_do_not_fit_the_experts_are_left_to_the_definition(name, tokens):
+    """A kernel that trusted them would read and write past the ends of memory."""
+    x, ids, weights, experts = dispatched("spread", tokens, 2, 96, False, torch.float32)
+    others = [(x[:, :64], ids, weights), (x, ids.int(), weights), (x, ids, weights[:1]), (x[:1], ids, weights)]
+    for form in FORMS[name]:
+        for changed_args in others:
+            assert not form.suits(*changed_args, experts)
+    expected = DEFINITIONS[name](x, ids, weights, experts)
+    assert relative_error(DEFINITIONS[name](x, ids.int(), weights, experts), expected) <= TOLERANCE[torch.float32]
+
+
+def test_a_norms_weight_of_another_size_is_an_error():
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm.rms_norm(randn(3, 16), randn(8), 1e-3, torch.float32)
+
+
 # ---- the door ----
 
 

@@ -120,15 +120,28 @@ def _suits_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: 
     """`F.grouped_mm` takes bf16, rows and weights of whole 16 bytes. The meta device stands in for a GPU."""
     return (
         tokens.device.type in ("cuda", "meta")
-        and stacked(experts, tokens, weights)
+        and stacked(experts, tokens, expert_ids, weights)
         and compute_dtype(tokens) == torch.bfloat16
         and all(size % 8 == 0 for size in experts.down_proj.shape[1:])
     )
 
 
-def stacked(experts: Any, *tensors: Tensor) -> bool:
-    """Whether the experts are the project's own two stacks of weights, these and the tensors as torch makes them."""
-    return untouched(experts, "Experts") and ordinary(*tensors, experts.gate_up_proj, experts.down_proj)
+def stacked(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
+    """Whether the experts are the project's own two stacks of weights, and the arguments fit them."""
+    return (
+        untouched(experts, "Experts")
+        and ordinary(tokens, expert_ids, weights, experts.gate_up_proj, experts.down_proj)
+        and fitting(experts, tokens, expert_ids, weights)
+    )
+
+
+def fitting(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
+    """Whether dtypes and shapes are those a dispatch asks for; what is to become of others, the definition decides."""
+    return (
+        expert_ids.dtype == torch.int64
+        and expert_ids.shape == weights.shape
+        and tokens.shape == (expert_ids.shape[0], experts.down_proj.shape[1])
+    )
 
 
 # ---- a CPU ----
@@ -145,7 +158,7 @@ def _suits_cpu(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
     return (
         tokens.is_cpu
         and not torch.compiler.is_compiling()  # it loops over the groups' sizes
-        and stacked(experts, tokens, weights)
+        and stacked(experts, tokens, expert_ids, weights)
         and tokens.is_floating_point()
     )
 
@@ -300,7 +313,8 @@ def _one_by_one(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: An
 def _suits_one_by_one(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
     return (
         untouched(experts, "PackedExperts")
-        and ordinary(tokens, weights)
+        and ordinary(tokens, expert_ids, weights)
+        and fitting(experts, tokens, expert_ids, weights)
         and tokens.is_cpu
         and weights.dtype == torch.float32
         and not needs_gradient(tokens, weights)

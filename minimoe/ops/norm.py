@@ -59,7 +59,8 @@ def _fewer_passes(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> 
 
 def _suits(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
     as_written = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not needs_gradient(x, weight))
-    return x.is_cpu and as_written and weight.dtype == torch.float32 and ordinary(x, weight)
+    fits = weight.dtype == torch.float32 and weight.shape == x.shape[-1:]
+    return x.is_cpu and as_written and fits and ordinary(x, weight)
 
 
 FORMS["rms_norm"] += [Form("cpu", _suits, _fewer_passes)]

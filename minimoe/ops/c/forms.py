@@ -16,7 +16,7 @@ from minimoe.ops.autocast import compute_dtype
 from minimoe.ops.c.library import there
 from minimoe.ops.door import FORMS, Form, first_derivative, needs_gradient, ordinary, untouched
 from minimoe.ops.heads import Heads
-from minimoe.ops.moe import combine, grads_of_slots, sort_by_expert, stacked
+from minimoe.ops.moe import combine, fitting, grads_of_slots, sort_by_expert, stacked
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _FEW_ROWS = 6  # a matrix, on average, up to which reading it once is the faster way
@@ -127,7 +127,7 @@ def _many_rows(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
 def _many_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
     """It is faster than a library's matmuls if its tiles stay in registers, if bf16 is multiplied in vectors (tiles of
     AMX are faster), and if every thread has a panel of columns."""
-    if not (tokens.is_cpu and stacked(experts, tokens, weights) and weights.dtype == torch.float32):
+    if not (tokens.is_cpu and stacked(experts, tokens, expert_ids, weights) and weights.dtype == torch.float32):
         return False
     down = experts.down_proj
     return (
@@ -165,11 +165,13 @@ def _few_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     return (
         ordinary(tokens, expert_ids, weights, gate_up, down)
+        and fitting(experts, tokens, expert_ids, weights)
         and not needs_gradient(tokens, weights, gate_up, down)
         and tokens.dtype in _FLOATS
         and compute_dtype(tokens) == tokens.dtype
         and gate_up.dtype == down.dtype
         and down.dtype in (tokens.dtype, torch.int8)
+        and down.is_cpu
         and gate_up.is_contiguous()
         and down.is_contiguous()
         and expert_ids.is_contiguous()
