@@ -525,6 +525,14 @@ def test_a_norms_weight_of_another_size_is_an_error():
         norm.rms_norm(randn(3, 16), randn(8), 1e-3, torch.float32)
 
 
+def test_autocast_leaves_float64_alone_as_in_torch():
+    args = dispatched("spread", 9, 2, 96, False, torch.float64)
+    with using():
+        expected = dispatch.replicated(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(dispatch.replicated(*args), expected) <= 1e-14
+
+
 # ---- the door ----
 
 
