@@ -533,6 +533,14 @@ def test_autocast_leaves_float64_alone_as_in_torch():
         assert relative_error(dispatch.replicated(*args), expected) <= 1e-14
 
 
+def test_a_target_that_is_no_token_is_an_error():
+    hidden, head, targets, rows = loss_of(7, True, torch.float32)
+    for wrong in (-1, 300):
+        targets[1] = wrong
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            losses.hidden_loss(hidden, head, targets, rows)
+
+
 # ---- the door ----
 
 

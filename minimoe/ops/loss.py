@@ -81,7 +81,7 @@ def _cross_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # log sum exp(x) = max(x) - log(max(p)), since the likeliest token has p = exp(max - logsumexp)
     normaliser = logits.amax(-1).float() - probabilities.amax(-1).log()  # (n,)
     counts = targets != IGNORE_INDEX
-    safe = targets.clamp(min=0)[:, None]
+    safe = targets.masked_fill(~counts, 0)[:, None]  # any other negative target is an error
     losses = normaliser - logits.gather(1, safe)[:, 0].float()
     # d loss / d logits = p - onehot(target)
     probabilities.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=torch.float32))
