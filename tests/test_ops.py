@@ -541,6 +541,20 @@ def test_a_target_that_is_no_token_is_an_error():
             losses.hidden_loss(hidden, head, targets, rows)
 
 
+def test_angles_that_are_learned_get_their_gradients():
+    args = attended(None, 2, 9, True, torch.float32)
+    args[5].requires_grad_()
+    with float32_by_onednn(CPU, 512):
+        result = attention.causal_attention(*args).square().sum()
+    assert torch.autograd.grad(result, args[5])[0].any()
+
+
+def test_attention_to_a_cache_takes_a_bias_that_rows_share():
+    q, keys, values, bias, scaling = cached(True, 1, torch.float32)
+    args = (q, keys, values, bias[1:].expand(2, 1, 1, 37), scaling)
+    compare("cached_attention", Case("shared", lambda dtype: args), torch.float32, packed.cached_attention)
+
+
 # ---- the door ----
 
 

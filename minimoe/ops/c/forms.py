@@ -199,7 +199,7 @@ def _linear_few_suits(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     batch = q.shape[0]
-    row_bias = None if bias is None else bias.view(batch, -1).float()
+    row_bias = None if bias is None else bias.reshape(batch, -1).float().contiguous()
     return c.attend(q[:, :, 0], keys, values, row_bias, scaling).view(batch, -1)
 
 
@@ -214,8 +214,8 @@ def _attend_suits(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, 
         and q.dtype == keys.dtype == values.dtype
         and q.dtype in _FLOATS
         and keys.stride() == values.stride() == strides
-        and (bias is None or bias.shape[:3] == (q.shape[0], 1, 1))
-        and not needs_gradient(q, keys, values)
+        and (bias is None or (ordinary(bias) and bias.shape == (q.shape[0], 1, 1, keys.shape[2])))
+        and not needs_gradient(q, keys, values, *(() if bias is None else (bias,)))
     )
 
 
