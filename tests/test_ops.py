@@ -549,6 +549,16 @@ def test_angles_that_are_learned_get_their_gradients():
     assert torch.autograd.grad(result, args[5])[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_heads_with_half_precision_norms_are_normed_in_float32(dtype):
+    q, k, v, q_norm, k_norm, *others = attended(None, 2, 9, True, torch.float32)
+    heads_ = [(300 * x).to(dtype).detach() for x in (q, k, v)]  # their squares are above float16's largest value
+    args = (*heads_, q_norm.to(dtype), k_norm.to(dtype), *others)
+    with using():
+        expected = attention.causal_attention(*args)
+    assert relative_error(attention.causal_attention(*args), expected) <= 1e-3
+
+
 def test_attention_to_a_cache_takes_a_bias_that_rows_share():
     q, keys, values, bias, scaling = cached(True, 1, torch.float32)
     args = (q, keys, values, bias[1:].expand(2, 1, 1, 37), scaling)
