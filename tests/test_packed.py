@@ -227,6 +227,12 @@ def _hooked(model: nn.Module) -> nn.Module:
     return model
 
 
+def _replaced(model: nn.Module) -> nn.Module:
+    block = model.model.layers[1].mlp
+    block.forward = block.forward  # as offloading does it
+    return model
+
+
 def _adapted(model: nn.Module) -> nn.Module:
     class LowRank(nn.Linear):
         pass
@@ -237,6 +243,7 @@ def _adapted(model: nn.Module) -> nn.Module:
 
 REFUSED = {
     "hooks": (_hooked, "layers.0"),
+    "another forward": (_replaced, "layers.1.mlp"),
     "adapters": (_adapted, "q_proj"),
     "float64": (lambda model: model.double(), "float64"),
     "mixed": (lambda model: model.model.norm.bfloat16() and model, "bfloat16 and torch.float32"),

@@ -83,7 +83,8 @@ def why_not_packed(model: Any) -> str | None:
     if sum(parameter.nbytes for parameter in model.parameters()) > MAX_BYTES:
         return f"copies of more than {MAX_BYTES / 2**30:.0f} GiB of weights would take too much memory"
     for name, module in model.named_modules():
-        if type(module) not in KNOWN_MODULES or module._forward_hooks or module._forward_pre_hooks:
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if type(module) not in KNOWN_MODULES or hooked:
             return f"{name or 'the model'} is not as minimoe made it"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
