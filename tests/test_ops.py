@@ -498,6 +498,16 @@ def test_a_hook_on_all_modules_sees_the_norms_of_attention():
     assert seen == ["MiniMoeRMSNorm"] * 2
 
 
+def test_a_layer_can_be_trained_on_what_inference_mode_made():
+    with torch.inference_mode():
+        x, hidden = randn(7, 16), dispatched("spread", 9, 2, 96, False, torch.float32)[0]
+    weight, (_, *rest) = randn(16, grad=True), dispatched("spread", 9, 2, 96, True, torch.float32)
+    norm.rms_norm(x, weight, 1e-3, torch.float32).sum().backward()
+    dispatch.replicated(hidden, *rest).sum().backward()
+    assert weight.grad is not None
+    assert rest[-1].down_proj.grad is not None
+
+
 def test_second_derivatives_are_refused_where_a_form_has_none():
     x = randn(7, 16, grad=True)
     with pytest.raises(RuntimeError, match="MINIMOE_OPS=plain"):

@@ -118,14 +118,18 @@ def enabled() -> frozenset[str]:
 
 
 def ordinary(*tensors: Tensor) -> bool:
-    """Whether these are tensors as torch makes them: no DTensor, no quantised or other subclass, no torch.func wrapper.
+    """Whether these are tensors as torch makes them: no DTensor, no quantised or other subclass, no torch.func wrapper,
+    and where gradients are recorded, none of inference mode, which backward could not keep.
 
     While torch compiles or exports a model, its tensors are stand-ins of torch's own.
     """
     if torch.compiler.is_compiling():
         return all(type(x).__module__ in _TORCHS_OWN for x in tensors)
+    recorded = torch.is_grad_enabled()
     for x in tensors:  # a loop, as this is asked hundreds of times a step
         if (type(x) is not Tensor and type(x) is not nn.Parameter) or _is_wrapped(x):
+            return False
+        if recorded and x.is_inference():
             return False
     return True
 
