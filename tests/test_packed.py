@@ -103,7 +103,7 @@ def test_logits_equal_the_models_own_in_prefill_decode_and_on_a_warm_cache(varia
         assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 matmuls")
 @pytest.mark.parametrize("variant", ["softmax", "sigmoid", "shared experts", "dense first"])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_bfloat16_logits_are_as_near_to_exact_ones_as_the_models_own(variant, rows):

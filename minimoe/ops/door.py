@@ -3,7 +3,7 @@
 The model defines every function in plain torch. A form computes the same function, in values and in gradients, for some
 arguments on some hardware. Which one runs is asked here and nowhere else: the first that suits, else the definition.
 
-`MINIMOE_OPS=plain` runs exactly what is on the page; `MINIMOE_OPS=cpu,cuda` leaves out what is compiled from C++.
+`MINIMOE_OPS=plain` runs the definitions themselves; `MINIMOE_OPS=cpu,cuda` leaves out what is compiled from C++.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _within_torch_func() -> bool:
 
 @contextmanager
 def using(*backends: str) -> Iterator[None]:
-    """Only these backends meanwhile; with none of them, what runs is what is on the page.
+    """Only these backends meanwhile; with none of them, the definitions run themselves.
 
     It holds for the whole process, and allows nothing that `MINIMOE_OPS` leaves out.
 

@@ -28,7 +28,7 @@ def chunked_loss(hidden: Tensor, lm_head: nn.Linear, targets: Tensor, num_target
     weight = lm_head.weight
     if not torch.is_grad_enabled():  # which the function cannot see: to it, a parameter always needs a gradient
         hidden, weight = hidden.detach(), weight.detach()
-    if hidden.is_cpu:  # on a GPU the host would synchronise to know how many are learned
+    if hidden.is_cpu:  # on a GPU, counting the learned rows would synchronise
         learned = (targets != IGNORE_INDEX).nonzero().flatten()
         hidden, targets = hidden.index_select(0, learned), targets[learned]
     hidden, weight = hidden.to(compute_dtype(hidden)), weight.to(compute_dtype(weight))

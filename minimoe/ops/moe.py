@@ -31,7 +31,7 @@ class SortedSlots(NamedTuple):
 
 
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> SortedSlots:
-    """Sort without reading a value on the host, so that a GPU need not be waited for."""
+    """Sort without synchronising with a GPU."""
     chosen, order = expert_ids.flatten().sort(stable=True)
     ends = torch.searchsorted(chosen, torch.arange(num_experts, device=chosen.device), right=True)
     return SortedSlots(order, order // expert_ids.shape[1], ends)
@@ -102,7 +102,7 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def _on_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> Tensor:
-    """Two grouped matmuls that read the groups' sizes where they are, so that the host never synchronises."""
+    """Two grouped matmuls that read the groups' sizes on the device, so that nothing synchronises."""
     dtype, k = compute_dtype(tokens), expert_ids.shape[1]
     slots = sort_by_expert(expert_ids, experts.num_experts)
     offsets = slots.ends.to(torch.int32)
@@ -206,7 +206,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     What an expert reads and makes on the way (its rows, weights cast to that dtype, activations and their gradients) is
     made for that expert alone: it stays in the cache, and memory that is used again costs no page faults. Each
     expert's gradient is written straight into its slice; `weight[e]` under plain autograd would allocate a gradient of
-    the whole stack for every expert. Saved for backward: tokens and pre-activations; the rest is made again.
+    the whole stack for every expert. Saved for backward: tokens and pre-activations; the rest is recomputed.
     """
 
     @staticmethod
