@@ -164,7 +164,9 @@ def evaluate(
     model_dir: ModelDir,
     data: Annotated[str, typer.Option(help="file, folder or glob: txt, jsonl, json, parquet, csv")],
     answers_only: Annotated[bool, typer.Option("--answers-only", help="score assistant turns only")] = False,
-    sequence_length: Annotated[int | None, typer.Option(min=8, max=1 << 20, help="tokens of context")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, max=1 << 20, help="tokens of context; default: the model's, 1024 at most")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 16,
     json_output: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
     device: Device = "auto",

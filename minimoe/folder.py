@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> None:
                 fix="copy the file into the folder, if you trust it",
             )
         if not target.is_file():
-            raise UserError(f"{entry.name} is no file", where=str(folder), fix="copy the folder again")
+            raise UserError(f"{entry.name} is not a file", where=str(folder), fix="copy the folder again")
     for name in _OBJECTS:
         if (root / name).exists():
             read_object(root / name)
@@ -60,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):  # no JSON, no UTF-8, nested thousands of levels deep
         values = None
     if not isinstance(values, dict):
-        raise UserError(f"{path.name} holds no JSON object", where=str(path), fix="copy the folder again")
+        raise UserError(f"{path.name} does not hold a JSON object", where=str(path), fix="copy the folder again")
     return values
 
 

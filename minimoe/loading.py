@@ -128,7 +128,9 @@ def _check_end_ids(model: Any, folder: Path) -> None:
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = listed if isinstance(listed, list) else [listed]
     if not all(token is None or isinstance(token, int) for token in ids):
-        raise UserError(f"eos_token_id is {listed!r}", where=str(folder / "generation_config.json"), fix="give numbers")
+        raise UserError(
+            f"eos_token_id is {listed!r}", where=str(folder / "generation_config.json"), fix="give token ids"
+        )
 
 
 def _check_loaded(info: dict[str, Any], folder: Path) -> None:

@@ -135,3 +135,16 @@ def test_no_tokens_give_no_rows(name):
             output, gradients = run(DISPATCHES[name], torch.float32, torch.zeros(0, 2, dtype=torch.long))
         assert output.shape == (0, HIDDEN)
         assert not gradients["down_proj"].any()
+
+
+@pytest.mark.parametrize("name", list(DISPATCHES))
+def test_a_slot_of_an_expert_elsewhere_adds_nothing(name):
+    """Expert parallelism gives such slots the id E and the weight 0."""
+    torch.manual_seed(0)
+    experts = [lambda rows: 2 * rows] * NUM_EXPERTS
+    tokens, ids, weights = torch.randn(9, HIDDEN), route("spread", 9, 2), torch.rand(9, 2)
+    ids[3, 1], weights[3, 1] = NUM_EXPERTS, 0
+    rubbish = [torch.full((18, HIDDEN), torch.nan) for _ in range(8)]  # in the memory that is used next
+    del rubbish
+    result = DISPATCHES[name](tokens, ids, weights, experts)
+    assert relative_error(result, 2 * tokens * weights.sum(1, keepdim=True)) <= TOLERANCE[torch.float32]

@@ -47,11 +47,11 @@ def test_a_link_out_of_the_folder_is_refused(folder, target):
 
 def test_a_loop_and_a_pipe_are_refused(folder):
     (folder / "tokenizer.json").symlink_to("tokenizer.json")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         check_folder(folder)
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         check_folder(folder)
 
 
@@ -65,5 +65,5 @@ def test_an_index_that_names_other_files_is_refused(folder, name):
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 100_000, "\udcff"])
 def test_a_file_that_holds_no_object_is_refused_by_name(folder, content):
     (folder / "generation_config.json").write_text(content, errors="surrogateescape")
-    with pytest.raises(UserError, match=r"generation_config\.json holds no JSON object"):
+    with pytest.raises(UserError, match=r"generation_config\.json does not hold a JSON object"):
         check_folder(folder)

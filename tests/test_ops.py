@@ -16,12 +16,16 @@ import pytest
 import torch
 from tiny import relative_error, tiny_config, tiny_experts, tiny_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
+from minimoe.errors import UserError
 from minimoe.generation import packed
 from minimoe.model import attention, dispatch, losses, norm, router
 from minimoe.model.documents import Documents
 from minimoe.model.norm import MiniMoeRMSNorm
-from minimoe.ops import BACKENDS, FORMS, heads, moe, using
+from minimoe.ops import BACKENDS, FORMS, door, heads, moe, using
 from minimoe.ops import norm as norm_forms
 from minimoe.ops.onednn import few_sizes, float32_by_onednn
 from minimoe.train import optim
@@ -449,6 +453,128 @@ def test_torch_func_goes_around_the_forms():
     assert relative_error(grad, y.grad) <= TOLERANCE[torch.float32]
 
 
+def normed(x: Tensor) -> Tensor:
+    return norm.rms_norm(x, torch.linspace(0.5, 2, 16), 1e-3, torch.float32)
+
+
+def forward_mode(x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(normed(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+FOLLOWERS = {
+    "forward mode": forward_mode,
+    "jit.trace": lambda x: torch.jit.trace(normed, (torch.ones(2, 16),), check_trace=False)(x),
+    "make_fx": lambda x: make_fx(normed)(torch.ones_like(x))(x),
+    "compiled grad": lambda x: torch.compile(torch.func.grad(lambda x: normed(x).square().sum()), backend="eager")(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("follow", FOLLOWERS.values(), ids=FOLLOWERS)
+def test_what_follows_torchs_operators_sees_the_definitions(follow):
+    torch._dynamo.reset()
+    x = randn(7, 16)
+    with using():
+        expected = follow(x)
+    torch._dynamo.reset()
+    assert relative_error(follow(x), expected) <= TOLERANCE[torch.float32]
+
+
+def test_flops_of_experts_are_counted():
+    args = dispatched("spread", 87, 2, 96, False, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        dispatch.replicated(*args)
+    assert counter.get_total_flops() == 87 * 2 * 2 * 3 * HIDDEN * 96
+
+
+def test_a_hook_on_all_modules_sees_the_norms_of_attention():
+    seen: list[str] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        attention.causal_attention(*attended(None, 2, 9, True, torch.float32))
+    finally:
+        hook.remove()
+    assert seen == ["MiniMoeRMSNorm"] * 2
+
+
+def test_a_layer_can_be_trained_on_what_inference_mode_made():
+    with torch.inference_mode():
+        x, hidden = randn(7, 16), dispatched("spread", 9, 2, 96, False, torch.float32)[0]
+    weight, (_, *rest) = randn(16, grad=True), dispatched("spread", 9, 2, 96, True, torch.float32)
+    norm.rms_norm(x, weight, 1e-3, torch.float32).sum().backward()
+    dispatch.replicated(hidden, *rest).sum().backward()
+    assert weight.grad is not None
+    assert rest[-1].down_proj.grad is not None
+
+
+def test_second_derivatives_are_refused_where_a_form_has_none():
+    x = randn(7, 16, grad=True)
+    with pytest.raises(RuntimeError, match="MINIMOE_OPS=plain"):
+        torch.autograd.grad(normed(x).sum(), x, create_graph=True)
+    with using():
+        (grad,) = torch.autograd.grad(normed(x).sum(), x, create_graph=True)
+        assert torch.autograd.grad(grad.square().sum(), x)[0].any()
+
+
+@pytest.mark.parametrize("name", list(dispatch.DISPATCHES))
+@pytest.mark.parametrize("tokens", [2, 87])
+def test_arguments_that_do_not_fit_the_experts_are_left_to_the_definition(name, tokens):
+    """A kernel that trusted them would read and write past the ends of memory."""
+    x, ids, weights, experts = dispatched("spread", tokens, 2, 96, False, torch.float32)
+    others = [(x[:, :64], ids, weights), (x, ids.int(), weights), (x, ids, weights[:1]), (x[:1], ids, weights)]
+    for form in FORMS[name]:
+        for changed_args in others:
+            assert not form.suits(*changed_args, experts)
+    expected = DEFINITIONS[name](x, ids, weights, experts)
+    assert relative_error(DEFINITIONS[name](x, ids.int(), weights, experts), expected) <= TOLERANCE[torch.float32]
+
+
+def test_a_norms_weight_of_another_size_is_an_error():
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm.rms_norm(randn(3, 16), randn(8), 1e-3, torch.float32)
+
+
+def test_autocast_leaves_float64_alone_as_in_torch():
+    args = dispatched("spread", 9, 2, 96, False, torch.float64)
+    with using():
+        expected = dispatch.replicated(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(dispatch.replicated(*args), expected) <= 1e-14
+
+
+def test_a_target_that_is_no_token_is_an_error():
+    hidden, head, targets, rows = loss_of(7, True, torch.float32)
+    for wrong in (-1, 300):
+        targets[1] = wrong
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            losses.hidden_loss(hidden, head, targets, rows)
+
+
+def test_angles_that_are_learned_get_their_gradients():
+    args = attended(None, 2, 9, True, torch.float32)
+    args[5].requires_grad_()
+    with float32_by_onednn(CPU, 512):
+        result = attention.causal_attention(*args).square().sum()
+    assert torch.autograd.grad(result, args[5])[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_heads_with_half_precision_norms_are_normed_in_float32(dtype):
+    q, k, v, q_norm, k_norm, *others = attended(None, 2, 9, True, torch.float32)
+    heads_ = [(300 * x).to(dtype).detach() for x in (q, k, v)]  # their squares are above float16's largest value
+    args = (*heads_, q_norm.to(dtype), k_norm.to(dtype), *others)
+    with using():
+        expected = attention.causal_attention(*args)
+    assert relative_error(attention.causal_attention(*args), expected) <= 1e-3
+
+
+def test_attention_to_a_cache_takes_a_bias_that_rows_share():
+    q, keys, values, bias, scaling = cached(True, 1, torch.float32)
+    args = (q, keys, values, bias[1:].expand(2, 1, 1, 37), scaling)
+    compare("cached_attention", Case("shared", lambda dtype: args), torch.float32, packed.cached_attention)
+
+
 # ---- the door ----
 
 
@@ -469,6 +595,14 @@ def test_using_leaves_only_what_it_names_and_the_definition_when_it_names_nothin
         assert ran == ["cpu"]
     finally:
         forms[:] = before
+
+
+def test_a_backend_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="not cppu"), using("cppu"):
+        pass
+    with pytest.raises(UserError, match="unknown backend in MINIMOE_OPS=onednn"):
+        door._asked_for("onednn")
+    assert door._asked_for("plain") == set()
 
 
 def test_sizes_are_few_for_onednn_and_exact_for_others():

@@ -16,7 +16,7 @@ BELOW = {
     "failpoints": set(),
     "device": {"errors"},
     "openmp": set(),
-    "ops": set(),
+    "ops": {"errors"},
     "model": {"ops", "errors"},
     "config": {"model", "errors"},
     "folder": {"errors"},

@@ -26,7 +26,7 @@ def why_not_compiled(model: Any) -> str | None:
         return f"{type(model).__name__} is not {MiniMoeForCausalLM.__name__}"
     if model.device.type != "cuda":
         return f"the model is on {model.device.type}, and a graph of kernels saves time on a GPU only"
-    if model.dtype != torch.bfloat16:  # for others the host reads the groups' sizes, which a graph cannot hold
+    if model.dtype != torch.bfloat16:  # others synchronise to read the groups' sizes, which a graph cannot hold
         return f"its weights are {model.dtype}, not {torch.bfloat16}"
     widths = (model.config.hidden_size, model.config.moe_intermediate_size)
     if any(width % 8 for width in widths):  # neither can the kernels that leave the sizes on the device

@@ -81,7 +81,7 @@ class Engine:
         return cls(*load_model(path, device, dtype))
 
     def packed(self, weights: WeightsName = "exact") -> PackedModel | None:
-        """The model's fast copy, up to date with its weights; None where `why_not_packed` tells a reason.
+        """The model's fast copy, up to date with its weights; None where `why_not_packed` gives a reason.
 
         Raises:
             UserError: int8 weights, which only a copy has, where there can be none.
@@ -101,7 +101,7 @@ class Engine:
         """The model with a compiled step.
 
         Raises:
-            UserError: `why_not_compiled` tells a reason.
+            UserError: `why_not_compiled` gives a reason.
         """
         reason = why_not_compiled(self.model)
         if reason:
@@ -117,7 +117,7 @@ class Engine:
         """Nats by which int8 weights predict a token of this text worse, if the exact model is right about the text.
 
         That is the divergence KL(exact || int8) of the next token's probabilities, a mean over the positions. It
-        is expected where the difference of the losses of one text is drawn, so a short text tells it.
+        is expected where the difference of the losses of one text is drawn, so a short text is enough.
         """
         packed = self.packed("int8")
         assert packed is not None

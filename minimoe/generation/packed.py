@@ -4,7 +4,7 @@ Decoding reads all active weights for a row or a few, so it can be as fast as me
 reaches a third of that speed or less. Here
 
 - few rows read the model's own weights, each matrix once for all its rows, if there is a compiled form,
-- many go through copies that oneDNN has packed once into the blocks that its kernels read,
+- many go through copies that oneDNN has repacked once into the panels that its kernels read,
 - and a layer makes fewer calls: query, key and value in one matmul, heads that share keys attended as one, no modules.
 
 With the copies the weights take about twice the memory.
@@ -66,7 +66,7 @@ KNOWN_MODULES = {
 
 
 def why_not_packed(model: Any) -> str | None:
-    """What keeps a model from being packed; None when nothing does."""
+    """What keeps a model from being repacked; None when nothing does."""
     if not enabled():
         return "plain torch is asked for"
     if type(model) is not MiniMoeForCausalLM:
@@ -79,11 +79,12 @@ def why_not_packed(model: Any) -> str | None:
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
         return f"its weights are {' and '.join(sorted(map(str, dtypes)))}"
     if torch.bfloat16 in dtypes and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "this CPU has no bfloat16 products"
+        return "this CPU has no bfloat16 matmuls"
     if sum(parameter.nbytes for parameter in model.parameters()) > MAX_BYTES:
         return f"copies of more than {MAX_BYTES / 2**30:.0f} GiB of weights would take too much memory"
     for name, module in model.named_modules():
-        if type(module) not in KNOWN_MODULES or module._forward_hooks or module._forward_pre_hooks:
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if type(module) not in KNOWN_MODULES or hooked:
             return f"{name or 'the model'} is not as minimoe made it"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
@@ -91,7 +92,7 @@ def why_not_packed(model: Any) -> str | None:
 
 
 def weights_version(model: Any) -> list[tuple[int, int, int]]:
-    """Changes when weights do, in place or not: a packed copy of another version is out of date.
+    """Changes when weights do, in place or not: a repacked copy of another version is out of date.
 
     torch's count of changes misses fused optimizers, so all weights are read: 1 ms for 7 MB.
     """
@@ -213,7 +214,7 @@ def linear(x: Tensor, matrix: PackedMatrix, norm: PackedNorm | None, add: Tensor
 
 
 class PackedMatrix:
-    """A matrix (out, in), or parts of one below each other, as it is stored and as oneDNN has packed it."""
+    """A matrix (out, in), or parts of one below each other, as it is stored and as oneDNN has repacked it."""
 
     def __init__(self, weights: WeightsName, *parts: Tensor) -> None:
         self.stored = stored(torch.cat(parts) if len(parts) > 1 else parts[0], weights)
@@ -235,7 +236,7 @@ def stored(matrices: Tensor, weights: WeightsName) -> tuple[Tensor, Tensor | Non
 
 
 def rounded(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., out, in) -> int8 from -127 to 127 and a float32 scale an output (..., out): their product is about W."""
+    """(..., out, in) -> int8 from -127 to 127 and float32 scales (..., out): W is about values * scales."""
     matrices = matrices.float()
     scales = matrices.abs().amax(dim=-1).clamp_min(1e-30) / 127  # a row of zeros stays one
     return (matrices / scales.unsqueeze(-1)).round().to(torch.int8), scales

@@ -55,7 +55,7 @@ def replicated(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Exp
     (num_tokens, k), hidden_size = expert_ids.shape, tokens.shape[1]
     copies = tokens.repeat_interleave(k, dim=0)  # (T*k, D): slot s is a copy of token s // k
     chosen = expert_ids.flatten()  # (T*k,)
-    slots = torch.empty_like(copies)
+    slots = torch.zeros_like(copies)  # as expert parallelism leaves slots to other ranks: id E, weight 0
     for e, expert in enumerate(experts):
         mine = chosen == e
         slots[mine] = expert(copies[mine]).to(slots.dtype)  # back to the slots they came from

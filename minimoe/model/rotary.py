@@ -47,7 +47,7 @@ class MiniMoeRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids (B, S) -> cos, sin (B, S, d) in float32; x only tells the device."""
+        """position_ids (B, S) -> cos, sin (B, S, d), computed in float32, in the dtype of x."""
         angles = position_ids[..., None].float() * self.inv_freq.float()  # (B, S, d/2)
         halves = (part * self.attention_scaling for part in (angles.cos(), angles.sin()))
         cos, sin = (torch.cat((half, half), dim=-1).to(x.dtype) for half in halves)

@@ -27,10 +27,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops.autocast import compute_dtype
-from minimoe.ops.door import FORMS, Form, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, first_derivative, needs_gradient, ordinary, untouched
 from minimoe.ops.heads import Heads, group, norm_and_rotate, prepare_heads, prepare_heads_backward, rotate, ungroup
 from minimoe.ops.onednn import onednn_multiplies
 
@@ -74,6 +73,7 @@ def _blocks_suit(q, k, v, q_norm, k_norm, cos, sin, scaling, documents, dropout)
         and q_norm.weight.dtype == k_norm.weight.dtype == cos.dtype == torch.float32  # in which it norms and rotates
         and q_norm.eps == k_norm.eps
         and ordinary(q, k, v, q_norm.weight, k_norm.weight, cos, sin)
+        and not needs_gradient(cos, sin)
     )
 
 
@@ -98,7 +98,7 @@ class _BlockAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, gains, cos, sin, *kept = ctx.saved_tensors
         kept_probabilities = iter(kept)
@@ -211,8 +211,14 @@ def _normed(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate(norm(x.float()), cos, sin)
 
 
-def _documents_suit(q: Tensor, *others: Any) -> bool:
-    return q.is_cpu and not torch.compiler.is_compiling() and ordinary(q, *others[:2], *others[4:6])
+def _documents_suit(q, k, v, q_norm, k_norm, cos, sin, scaling, documents, dropout):
+    return (
+        q.is_cpu
+        and not torch.compiler.is_compiling()
+        and ordinary(q, k, v, cos, sin)
+        and compute_dtype(v) == v.dtype  # else autocast decides the output's
+        and not needs_gradient(cos, sin)  # which the angles of fixed positions never do
+    )
 
 
 FORMS["causal_attention"] += [Form("cpu", _blocks_suit, _in_blocks), Form("cpu", _documents_suit, _by_documents)]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matmuls on `x`: autocast's if it is on, else that of `x`."""
+    """The dtype of matmuls on `x`: autocast's if it is on, which leaves float64 alone; else that of `x`."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

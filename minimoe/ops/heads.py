@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minimoe.ops.door import accelerated
+from minimoe.ops.door import accelerated, first_derivative
 from minimoe.ops.norm import unit_rms
 
 
@@ -30,17 +29,22 @@ class _NormAndRotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(x, gain, cos, sin)
         ctx.eps = eps
-        return rotate(unit_rms(x.to(gain.dtype), eps)[0].mul_(gain), cos, sin)
+        return rotate(unit_rms(_precise(x, gain), eps)[0].mul_(gain), cos, sin)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, cos, sin = ctx.saved_tensors
-        grad_x, grad_gain = _backward(grad, *unit_rms(x.to(gain.dtype), ctx.eps), gain, cos, sin)
+        grad_x, grad_gain = _backward(grad, *unit_rms(_precise(x, gain), ctx.eps), gain, cos, sin)
         return grad_x.to(x.dtype), grad_gain, None, None, None
 
 
-norm_and_rotate = _NormAndRotate.apply  # (x (..., heads, d), gain (d,), eps, cos, sin) -> as x, in the gain's dtype
+norm_and_rotate = _NormAndRotate.apply  # (x (..., heads, d), gain (d,), eps, cos, sin) -> as x, float32 at least
+
+
+def _precise(x: Tensor, gain: Tensor) -> Tensor:
+    """x in the gain's dtype, or in float32 if that is half as wide: a half's squares overflow."""
+    return x.to(torch.promote_types(gain.dtype, torch.float32))
 
 
 def _backward(

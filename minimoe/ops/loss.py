@@ -13,10 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops.autocast import compute_dtype
-from minimoe.ops.door import FORMS, Form, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, first_derivative, ordinary, untouched
 from minimoe.ops.onednn import few_sizes
 
 IGNORE_INDEX = -100  # target of positions that are not learned; torch's and transformers' convention
@@ -29,7 +28,7 @@ def chunked_loss(hidden: Tensor, lm_head: nn.Linear, targets: Tensor, num_target
     weight = lm_head.weight
     if not torch.is_grad_enabled():  # which the function cannot see: to it, a parameter always needs a gradient
         hidden, weight = hidden.detach(), weight.detach()
-    if hidden.is_cpu:  # on a GPU the host would synchronise to know how many are learned
+    if hidden.is_cpu:  # on a GPU, counting the learned rows would synchronise
         learned = (targets != IGNORE_INDEX).nonzero().flatten()
         hidden, targets = hidden.index_select(0, learned), targets[learned]
     hidden, weight = hidden.to(compute_dtype(hidden)), weight.to(compute_dtype(weight))
@@ -70,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(ctx.weight_dtype), None
@@ -82,7 +81,7 @@ def _cross_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # log sum exp(x) = max(x) - log(max(p)), since the likeliest token has p = exp(max - logsumexp)
     normaliser = logits.amax(-1).float() - probabilities.amax(-1).log()  # (n,)
     counts = targets != IGNORE_INDEX
-    safe = targets.clamp(min=0)[:, None]
+    safe = targets.masked_fill(~counts, 0)[:, None]  # any other negative target is an error
     losses = normaliser - logits.gather(1, safe)[:, 0].float()
     # d loss / d logits = p - onehot(target)
     probabilities.scatter_add_(1, safe, torch.full_like(safe, -1, dtype=torch.float32))

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops.autocast import compute_dtype
-from minimoe.ops.door import FORMS, Form, accelerated, needs_gradient, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, accelerated, first_derivative, needs_gradient, ordinary, untouched
 from minimoe.ops.onednn import few_sizes
 
 _BLOCK_ROWS = 1024  # tokens summed at a time on a CPU: what is made of them stays in the cache
@@ -32,7 +31,7 @@ class SortedSlots(NamedTuple):
 
 
 def sort_by_expert(expert_ids: Tensor, num_experts: int) -> SortedSlots:
-    """Sort without reading a value on the host, so that a GPU need not be waited for."""
+    """Sort without synchronising with a GPU."""
     chosen, order = expert_ids.flatten().sort(stable=True)
     ends = torch.searchsorted(chosen, torch.arange(num_experts, device=chosen.device), right=True)
     return SortedSlots(order, order // expert_ids.shape[1], ends)
@@ -69,7 +68,7 @@ class _Replicate(torch.autograd.Function):
         return gather_rows(tokens, order // k)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return sum_slots(grad, inverse(order).view(-1, ctx.k)), None, None
@@ -85,7 +84,7 @@ class _Combine(torch.autograd.Function):
         return sum_slots(rows, inverse(order).view(-1, k))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
         return gather_rows(grad, order // ctx.k), None, None
@@ -103,7 +102,7 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def _on_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> Tensor:
-    """Two grouped matmuls that read the groups' sizes where they are, so that the host never synchronises."""
+    """Two grouped matmuls that read the groups' sizes on the device, so that nothing synchronises."""
     dtype, k = compute_dtype(tokens), expert_ids.shape[1]
     slots = sort_by_expert(expert_ids, experts.num_experts)
     offsets = slots.ends.to(torch.int32)
@@ -121,15 +120,28 @@ def _suits_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: 
     """`F.grouped_mm` takes bf16, rows and weights of whole 16 bytes. The meta device stands in for a GPU."""
     return (
         tokens.device.type in ("cuda", "meta")
-        and stacked(experts, tokens, weights)
+        and stacked(experts, tokens, expert_ids, weights)
         and compute_dtype(tokens) == torch.bfloat16
         and all(size % 8 == 0 for size in experts.down_proj.shape[1:])
     )
 
 
-def stacked(experts: Any, *tensors: Tensor) -> bool:
-    """Whether the experts are the project's own two stacks of weights, these and the tensors as torch makes them."""
-    return untouched(experts, "Experts") and ordinary(*tensors, experts.gate_up_proj, experts.down_proj)
+def stacked(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
+    """Whether the experts are the project's own two stacks of weights, and the arguments fit them."""
+    return (
+        untouched(experts, "Experts")
+        and ordinary(tokens, expert_ids, weights, experts.gate_up_proj, experts.down_proj)
+        and fitting(experts, tokens, expert_ids, weights)
+    )
+
+
+def fitting(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
+    """Whether dtypes and shapes are those a dispatch asks for; what is to become of others, the definition decides."""
+    return (
+        expert_ids.dtype == torch.int64
+        and expert_ids.shape == weights.shape
+        and tokens.shape == (expert_ids.shape[0], experts.down_proj.shape[1])
+    )
 
 
 # ---- a CPU ----
@@ -146,7 +158,7 @@ def _suits_cpu(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
     return (
         tokens.is_cpu
         and not torch.compiler.is_compiling()  # it loops over the groups' sizes
-        and stacked(experts, tokens, weights)
+        and stacked(experts, tokens, expert_ids, weights)
         and tokens.is_floating_point()
     )
 
@@ -194,7 +206,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     What an expert reads and makes on the way (its rows, weights cast to that dtype, activations and their gradients) is
     made for that expert alone: it stays in the cache, and memory that is used again costs no page faults. Each
     expert's gradient is written straight into its slice; `weight[e]` under plain autograd would allocate a gradient of
-    the whole stack for every expert. Saved for backward: tokens and pre-activations; the rest is made again.
+    the whole stack for every expert. Saved for backward: tokens and pre-activations; the rest is recomputed.
     """
 
     @staticmethod
@@ -215,7 +227,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return out[: len(slots.order)]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, token_ids, order, row_weights, gate_up, down, hidden = ctx.saved_tensors
         grad_out = grad_out.contiguous()
@@ -301,7 +313,8 @@ def _one_by_one(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: An
 def _suits_one_by_one(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
     return (
         untouched(experts, "PackedExperts")
-        and ordinary(tokens, weights)
+        and ordinary(tokens, expert_ids, weights)
+        and fitting(experts, tokens, expert_ids, weights)
         and tokens.is_cpu
         and weights.dtype == torch.float32
         and not needs_gradient(tokens, weights)
@@ -322,7 +335,7 @@ class _Float32Linear(torch.autograd.Function):
         return F.linear(tokens.float(), weight.float())
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         tokens, weight = ctx.saved_tensors
         return (grad @ weight.float()).to(tokens.dtype), (grad.t() @ tokens.float()).to(weight.dtype)

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from minimoe.ops.door import FORMS, Form, accelerated, needs_gradient, ordinary
+from minimoe.ops.door import FORMS, Form, accelerated, first_derivative, needs_gradient, ordinary
 
 
 def unit_rms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -46,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
         return norm_rows(x, weight, eps, dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         return *norm_rows_backward(x, weight, grad, ctx.eps), None, None
@@ -60,7 +59,8 @@ def _fewer_passes(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> 
 
 def _suits(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:
     as_written = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not needs_gradient(x, weight))
-    return x.is_cpu and as_written and weight.dtype == torch.float32 and ordinary(x, weight)
+    fits = weight.dtype == torch.float32 and weight.shape == x.shape[-1:]
+    return x.is_cpu and as_written and fits and ordinary(x, weight)
 
 
 FORMS["rms_norm"] += [Form("cpu", _suits, _fewer_passes)]

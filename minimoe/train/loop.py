@@ -1,6 +1,6 @@
 """fit(): the only training loop. A stage gives it a model, batches and an objective; everything else is here.
 
-One optimizer step: load the step's rows, add up their gradients, clip, set the learning rate, step, move the routers'
+One optimizer step: load the step's rows, set the learning rate, add up the gradients, clip, step, update the routers'
 selection bias. Around it: guard, logging, validation, samples, checkpoints, and stopping when asked to.
 """
 
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether the last step is behind it."""
+        """Whether the last step has been taken."""
         return self.state.step >= self.total_steps
 
     def due(self, every: int) -> bool:

@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) moves every hidden matrix by the orthogonalised
 momentum of its gradient; embeddings, norms and routers stay with AdamW (arXiv 1711.05101). Stacked experts
-(E, 2I, D) are E gate and E up matrices, orthogonalised apart, all matrices of one shape in one batched product.
+(E, 2I, D) are E gate and E up matrices, orthogonalised apart, all matrices of one shape in one batched matmul.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def parse() -> argparse.Namespace:
     trained = Path("runs/quickstart/pretrain/final")
     parser.add_argument("--trained", type=Path, default=trained, help="model of the rounding section, skipped without")
     parser.add_argument("--texts", type=Path, default=Path("data/quickstart"), help="folder of its held-out texts")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every subject at least")
-    parser.add_argument("--seconds", type=float, default=40, help="training: go on taking turns so long")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each subject, at least")
+    parser.add_argument("--seconds", type=float, default=40, help="training: measure for at least so long")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results/benchmark.md"), help="page of the tables, of this run alone"
     )

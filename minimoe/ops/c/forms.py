@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minimoe.ops import c
 from minimoe.ops.autocast import compute_dtype
 from minimoe.ops.c.library import there
-from minimoe.ops.door import FORMS, Form, needs_gradient, ordinary, untouched
+from minimoe.ops.door import FORMS, Form, first_derivative, needs_gradient, ordinary, untouched
 from minimoe.ops.heads import Heads
-from minimoe.ops.moe import combine, grads_of_slots, sort_by_expert, stacked
+from minimoe.ops.moe import combine, fitting, grads_of_slots, sort_by_expert, stacked
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _FEW_ROWS = 6  # a matrix, on average, up to which reading it once is the faster way
@@ -108,7 +107,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, token_ids, row_weights, gate_up, down, ends, hidden, order = ctx.saved_tensors
         grad_rows, grad_row_weights, *grads = c.grouped_swiglu_backward(
@@ -128,7 +127,7 @@ def _many_rows(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
 def _many_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
     """It is faster than a library's matmuls if its tiles stay in registers, if bf16 is multiplied in vectors (tiles of
     AMX are faster), and if every thread has a panel of columns."""
-    if not (tokens.is_cpu and stacked(experts, tokens, weights) and weights.dtype == torch.float32):
+    if not (tokens.is_cpu and stacked(experts, tokens, expert_ids, weights) and weights.dtype == torch.float32):
         return False
     down = experts.down_proj
     return (
@@ -166,11 +165,13 @@ def _few_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts:
     gate_up, down = experts.gate_up_proj, experts.down_proj
     return (
         ordinary(tokens, expert_ids, weights, gate_up, down)
+        and fitting(experts, tokens, expert_ids, weights)
         and not needs_gradient(tokens, weights, gate_up, down)
         and tokens.dtype in _FLOATS
         and compute_dtype(tokens) == tokens.dtype
         and gate_up.dtype == down.dtype
         and down.dtype in (tokens.dtype, torch.int8)
+        and down.is_cpu
         and gate_up.is_contiguous()
         and down.is_contiguous()
         and expert_ids.is_contiguous()
@@ -198,7 +199,7 @@ def _linear_few_suits(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     batch = q.shape[0]
-    row_bias = None if bias is None else bias.view(batch, -1).float()
+    row_bias = None if bias is None else bias.reshape(batch, -1).float().contiguous()
     return c.attend(q[:, :, 0], keys, values, row_bias, scaling).view(batch, -1)
 
 
@@ -213,8 +214,8 @@ def _attend_suits(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, 
         and q.dtype == keys.dtype == values.dtype
         and q.dtype in _FLOATS
         and keys.stride() == values.stride() == strides
-        and (bias is None or bias.shape[:3] == (q.shape[0], 1, 1))
-        and not needs_gradient(q, keys, values)
+        and (bias is None or (ordinary(bias) and bias.shape == (q.shape[0], 1, 1, keys.shape[2])))
+        and not needs_gradient(q, keys, values, *(() if bias is None else (bias,)))
     )
 
 

@@ -2,7 +2,7 @@
 
 #include "vec.h"
 
-/* ---- SwiGLU: gate and up side by side in a row (n, 2I), their product (n, I) ----
+/* ---- SwiGLU: gate and up side by side in a row (n, 2I), the output (n, I) ----
 
    Where rows have weights, the first `weighted` do; the others' output and gradients are zeros. */
 

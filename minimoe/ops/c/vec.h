@@ -15,7 +15,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #if __has_attribute(noipa)
-#define ONCE static __attribute__((noipa)) /* not compiled again for a caller's constants: someone waits for it */
+#define ONCE static __attribute__((noipa)) /* not compiled again for each caller's constants, which takes time */
 #else
 #define ONCE static __attribute__((noinline))
 #endif
