@@ -78,11 +78,10 @@ def _followed() -> bool:
     FlopCounterMode)."""
     if torch.compiler.is_compiling():
         return _within_torch_func()
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return forward_ad._current_level >= 0 or _num_dispatch_modes() > 0 or _tracing_state() is not None
+
+
+_num_dispatch_modes, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
 
 @torch.compiler.assume_constant_result

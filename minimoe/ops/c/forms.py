@@ -160,22 +160,25 @@ def _scales(experts: Any, name: str) -> Tensor | None:
 def _few_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
     if not (tokens.is_cpu and expert_ids.numel() <= _FEW_ROWS * len(experts)):
         return False
-    if not (untouched(experts, "Experts") or untouched(experts, "PackedExperts")):
-        return False
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    engines = untouched(experts, "PackedExperts")  # it has made its matrices for this
     return (
-        ordinary(tokens, expert_ids, weights, gate_up, down)
+        (engines or _few_matrices_suit(experts, tokens.dtype))
+        and ordinary(tokens, expert_ids, weights)
         and fitting(experts, tokens, expert_ids, weights)
-        and not needs_gradient(tokens, weights, gate_up, down)
+        and not needs_gradient(tokens, weights)
         and tokens.dtype in _FLOATS
-        and compute_dtype(tokens) == tokens.dtype
-        and gate_up.dtype == down.dtype
-        and down.dtype in (tokens.dtype, torch.int8)
-        and down.is_cpu
-        and gate_up.is_contiguous()
-        and down.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
         and expert_ids.is_contiguous()
         and weights.dtype == torch.float32
+    )
+
+
+def _few_matrices_suit(experts: Any, dtype: torch.dtype) -> bool:
+    return (
+        untouched(experts, "Experts")
+        and _takes(experts.gate_up_proj, experts.down_proj)
+        and experts.down_proj.dtype == dtype
+        and not needs_gradient(experts.gate_up_proj, experts.down_proj)
     )
 
 
@@ -190,6 +193,8 @@ for path in ("replicated", "grouped"):
 def _linear_few(x: Tensor, matrix: Any, norm: Any, add: Tensor | None) -> Tensor:
     values, scales = matrix.stored
     weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    if x.dtype == torch.float32:  # and so is `add`
+        return c.linear_few(values, scales, x, weight, eps, add)
     return c.linear_few(values, scales, x, weight, eps, None if add is None else add.float()).to(x.dtype)
 
 
