@@ -7,10 +7,13 @@ import contextlib
 import errno
 import gc
 import importlib
+import inspect
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,6 +21,7 @@ import typer
 
 import minimoe
 from minimoe import openmp
+from minimoe.config.generation import GenerationSection
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, EXIT_USER, MinimoeError, Preempted, UserError
 
 app = typer.Typer(
@@ -43,19 +47,16 @@ Overwrite = Annotated[
 ModelDir = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="model folder, e.g. runs/quickstart/sft/final")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="decoding settings, as top_k=5 or --top-k 5: max_new_tokens, temperature, top_k, top_p, min_p, "
-        "repetition_penalty, stop, seed, batch_size, weights (exact or int8), compile (on a GPU)",
-    ),
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="decoding settings as the YAML has them, e.g. top_k=5")
 ]
 # The disk's and the system's limits, not ours; any other OSError that gets this far is a bug.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _IO_ERRORS = (*_DISK, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EMFILE)
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
-# Lets every decoding setting be written as a flag too, without naming each of them here again.
-FLAGS = {"ignore_unknown_options": True}
+# Options may be written with either.
+UNDERSCORES = {"token_normalize_func": lambda option: option.replace("_", "-")}
+# A value of the config that is written as an option reaches `load_config`, which says how it is written.
+OVERRIDES = {"ignore_unknown_options": True}
 SettingsFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a generation: section")]
 
 
@@ -76,7 +77,38 @@ def _options(
         os.environ["MINIMOE_DEBUG"] = "1"
 
 
-@app.command(epilog="Example: minimoe tokenizer configs/quickstart/tokenizer.yaml tokenizer.vocab_size=8192")
+def decoding_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Every decoding setting as an option of the command, from the schema; what is given is added to `settings`."""
+    signature = inspect.signature(command, eval_str=True)
+    options = {}
+    for name, field in GenerationSection.model_fields.items():
+        if name in signature.parameters:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        kind: Any = {bool: bool, tuple[str, ...]: list[str]}.get(field.annotation, str)  # type: ignore[arg-type]
+        text = f"{field.description} [{'none' if field.default == () else field.default}]"
+        names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+        option = typer.Option(*names, help=text, show_default=False, metavar=None if kind is bool else "VALUE")
+        options[name] = inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        )
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        given = {name: values.pop(name) for name in options}
+        words = [f"{name}={json.dumps(v) if name == 'stop' else v}" for name, v in given.items() if v not in (None, [])]
+        command(**values | {"settings": [*(values["settings"] or ()), *words]})
+
+    parameters = [*signature.parameters.values(), *options.values()]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
+
+
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: minimoe tokenizer configs/quickstart/tokenizer.yaml tokenizer.vocab_size=8192",
+)
 def tokenizer(config: Config, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Train a byte-level BPE tokenizer on the documents of a config."""
     from minimoe.config import TokenizerRun
@@ -86,19 +118,24 @@ def tokenizer(config: Config, overrides: Overrides = None, overwrite: Overwrite 
     run(load_config(TokenizerRun, config, overrides or ()), overwrite=overwrite)
 
 
-@app.command(epilog="Example: minimoe pretrain configs/quickstart/pretrain.yaml train.max_steps=100 --resume")
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: minimoe pretrain configs/quickstart/pretrain.yaml train.max_steps=100 --resume",
+)
 def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Train a model from scratch."""
     _train("pretrain", config, overrides, resume, overwrite)
 
 
-@app.command(epilog="Example: minimoe sft configs/quickstart/sft.yaml init_from=runs/mine/final")
+@app.command(
+    context_settings=OVERRIDES, epilog="Example: minimoe sft configs/quickstart/sft.yaml init_from=runs/mine/final"
+)
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Fine-tune a model on conversations (supervised fine-tuning)."""
     _train("sft", config, overrides, resume, overwrite)
 
 
-@app.command(epilog="Example: minimoe preview configs/quickstart/sft.yaml --count 5")
+@app.command(context_settings=OVERRIDES, epilog="Example: minimoe preview configs/quickstart/sft.yaml --count 5")
 def preview(
     config: Config,
     overrides: Overrides = None,
@@ -116,9 +153,10 @@ def preview(
 
 
 @app.command(
-    context_settings=FLAGS,
+    context_settings=UNDERSCORES,
     epilog='Example: minimoe generate runs/quickstart/pretrain/final --prompt "Once upon a time" --temperature 0.7',
 )
+@decoding_options
 def generate(
     model_dir: ModelDir,
     settings: Settings = None,
@@ -139,9 +177,10 @@ def generate(
 
 @app.command(
     name="chat",
-    context_settings=FLAGS,
+    context_settings=UNDERSCORES,
     epilog='Example: minimoe chat runs/quickstart/sft/final --system "Answer briefly."',
 )
+@decoding_options
 def chat_command(
     model_dir: ModelDir,
     settings: Settings = None,
@@ -222,19 +261,8 @@ def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
     from minimoe.config.file import load_config
 
     # Bare, or with their section as the YAML file has them.
-    dotted = [f"generation.{word.removeprefix('generation.')}" for word in _join_flags(overrides)]
+    dotted = [f"generation.{word.removeprefix('generation.')}" for word in overrides]
     return load_config(GenerateRun, config, dotted).generation
-
-
-def _join_flags(words: list[str]) -> list[str]:
-    """`--top-k 5` and `--top-k=5` as `top_k=5`; `key=value` stays."""
-    joined, rest = [], iter(words)
-    for word in rest:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            word = f"{name.replace('-', '_')}={value if equals else next(rest, '')}"
-        joined.append(word)
-    return joined
 
 
 def main() -> NoReturn:

@@ -6,38 +6,70 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import write_yaml
+from tiny_runs import run_command, write_yaml
 
 from minimoe import __version__
-from minimoe.cli import _generation_settings, _large_imports
-from minimoe.errors import UserError
+from minimoe.cli import _large_imports
 
 
-def test_decoding_settings_are_flags_or_overrides(tmp_path):
+def settings_of(monkeypatch, *words: str):
+    """What `minimoe generate` would decode with."""
+    seen = {}
+    monkeypatch.setattr("minimoe.generation.generate.run", lambda *args, **options: seen.update(args=args))
+    assert run_command(monkeypatch, "generate", *words) == 0
+    return seen["args"]
+
+
+def test_decoding_settings_are_options_or_overrides_in_any_order(tmp_path, monkeypatch):
     path = tmp_path / "generate.yaml"
     path.write_text("generation: {top_k: 3, seed: 5}\n")
-    words = ["--temperature", "0", "--max-new-tokens=7", "top_p=0.5", "--stop", "[a, b]", "--top-k", "9"]
-    words.append("generation.min_p=0.1")
-    settings = _generation_settings(path, words)
+    words = ["--temperature", "0", "--max_new_tokens=7", "--compile", "some/model", "top_p=0.5", "--top-k", "9"]
+    words += ["--config", str(path), "--prompt", "p", "generation.min_p=0.1"]
+    model, prompts, settings = settings_of(monkeypatch, *words)
+    assert (model, prompts) == ("some/model", ["p"])
     assert (settings.temperature, settings.max_new_tokens, settings.top_p) == (0, 7, 0.5)
-    assert (settings.top_k, settings.seed, settings.stop, settings.min_p) == (9, 5, ("a", "b"), 0.1)
+    assert (settings.top_k, settings.seed, settings.min_p, settings.compile) == (9, 5, 0.1, True)
+    assert settings.chat is False
+
+
+@pytest.mark.parametrize(
+    ("words", "stop"),
+    [
+        ([], ()),
+        (["--stop", "wanted"], ("wanted",)),
+        (["--stop", "User:", "--stop", "[a, b]"], ("User:", "[a, b]")),
+        (["stop=[a, b]"], ("a", "b")),
+    ],
+)
+def test_texts_that_stop_are_taken_as_they_are(words, stop, monkeypatch):
+    assert settings_of(monkeypatch, "m", "--prompt", "p", *words)[2].stop == stop
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temprature", "1"], "did you mean 'temperature'"),
+        (["--temprature", "1"], "--temperature"),
         (["--top-p", "0"], "greater than 0, got 0"),
         (["--temperature", "-1"], "greater than or equal to 0"),
+        (["--top-k", "x"], "valid integer"),
         (["--temperature"], "temperature"),
         (["hello"], "is not key=value"),
         (["--top-k", "1", "top_k=2"], "top_k is given twice"),
         (["temperature=1e-320"], "at least 0.001"),
     ],
 )
-def test_a_wrong_flag_is_named(words, message):
-    with pytest.raises(UserError, match=message):
-        _generation_settings(None, words)
+def test_a_wrong_option_is_named(words, message, monkeypatch, capsys):
+    assert run_command(monkeypatch, "generate", "m", "--prompt", "p", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--max_steps", "10"], ["--train.max_steps=10"], ["--resum"]])
+def test_values_of_a_config_as_options_are_told_how_they_are_written(option, monkeypatch, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {}\n")
+    assert run_command(monkeypatch, "pretrain", str(tmp_path / "run.yaml"), *option) == 2
+    shown = capsys.readouterr().err
+    assert f"unknown option '{option[0]}'" in shown
+    assert "key.sub=value, like train.max_steps=100" in shown
 
 
 def test_garbage_is_collected_again_after_the_imports(monkeypatch):

@@ -60,6 +60,11 @@ def dump_config(config: BaseModel) -> str:
 def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str) -> None:
     """Set one `key.sub=value`; the value is parsed as YAML."""
     key, equals, text = override.partition("=")
+    if key.startswith("-"):
+        raise UserError(
+            f"unknown option {shorten(override)}",
+            fix="options are in --help; values of the config are written key.sub=value, like train.max_steps=100",
+        )
     if not equals or not key.strip():
         raise UserError(f"override {shorten(override)} is not key=value", fix="write it like train.max_steps=100")
     try:
