@@ -161,7 +161,9 @@ def generate(
     model_dir: ModelDir,
     settings: Settings = None,
     prompt: Annotated[str | None, typer.Option(help="the prompt; without it, --file or standard input is read")] = None,
-    file: Annotated[Path | None, typer.Option(help=".txt (a prompt a line) or .jsonl (prompt or messages)")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help=".txt (a prompt a line), .jsonl or .json (prompt or messages)")
+    ] = None,
     config: SettingsFile = None,
     chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the chat template")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,

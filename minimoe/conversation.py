@@ -1,8 +1,8 @@
 """One internal form of conversations, for training data and for prompts alike.
 
 A message is {"role": system | user | assistant | tool, "content": text}. Beside these
-- an assistant's has `reasoning_content` (its think part), `tool_calls`, and `learned: False` where it is not to be
-  learned,
+- an assistant's has `reasoning_content` (its think part), `tool_calls`, `learned: False` where it is not to be learned,
+  and in a chat `token_ids`, what the model generated,
 - the first, of role system, has `tools`: what the assistant may call, as JSON schemas.
 A call is {"type": "function", "function": {"name": text, "arguments": object}}.
 
@@ -53,7 +53,12 @@ class BadConversation(ValueError):
 
 
 def conversation(
-    turns: Sequence[Any], *, system: str = "", tools: Any = None, ignored: set[str] | None = None
+    turns: Sequence[Any],
+    *,
+    system: str = "",
+    tools: Any = None,
+    ignored: set[str] | None = None,
+    generated: bool = False,
 ) -> list[Message]:
     """The messages in the one form, roles in an allowed order.
 
@@ -62,6 +67,7 @@ def conversation(
         system: what a column beside the messages says.
         tools: likewise; a list, or JSON text of one.
         ignored: filled with the keys of messages that say nothing here.
+        generated: an assistant's message may have `token_ids`, what this model generated, which are then kept.
 
     Raises:
         BadConversation: naming the message.
@@ -69,7 +75,10 @@ def conversation(
     result: list[Message] = []
     for number, turn in enumerate(turns, 1):
         try:
-            result += _messages(turn, ignored if ignored is not None else set())
+            messages = list(_messages(turn, ignored if ignored is not None else set()))
+            if generated and isinstance(turn, Mapping) and turn.get("token_ids") and messages[0]["role"] == "assistant":
+                messages[0]["token_ids"] = list(turn["token_ids"])
+            result += messages
         except BadConversation as bad:
             raise BadConversation(f"message {number}: {bad}") from None
     result = _with_opening(result, system, read_tools(tools))

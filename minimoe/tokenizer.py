@@ -185,6 +185,7 @@ def _encode_rendered(
     """
     template = _chat_template(tokenizer)
     messages, tools = _as_templates_know_them(template, messages)
+    generated = [message.pop("token_ids", None) for message in messages if message["role"] == "assistant"]
     cut = _unused_character([*messages, *tools])
     control = re.compile(
         "|".join(re.escape(token) for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True))
@@ -199,17 +200,27 @@ def _encode_rendered(
     if not all(turns) and len(turns) != len(spans):
         raise UserError("the chat template does not tell the assistant's turns apart, and one is not to be learned")
     learned_spans = [span for span, learned in zip(spans, turns, strict=True) if learned] if not all(turns) else spans
+    # Where spans are turns, those that the model generated are taken as they are.
+    own = dict(zip((start for start, _ in spans), generated, strict=True)) if len(generated) == len(spans) else {}
     edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     pieces: list[str] = []
     learned_pieces: list[bool] = []
+    own_pieces: dict[int, list[int]] = {}  # by the piece that they replace
     for start, stop in pairwise(edges):
         inside = any(left <= start < right for left, right in learned_spans)
+        if ids := own.get(start):
+            own_pieces[len(pieces)] = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+            pieces.append(cut)
+            learned_pieces.append(inside)
+            continue
         for piece in filter(None, text[start:stop].split(cut)):
             pieces.append(piece)
             learned_pieces.append(inside)
     if not pieces:
         return [], []
     encoded = _tokenize(tokenizer, pieces, split_special_tokens=False)
+    for number, own_ids in own_pieces.items():
+        encoded[number] = own_ids
     ids = [token for piece in encoded for token in piece]
     learned = [flag for piece, flag in zip(encoded, learned_pieces, strict=True) for _ in piece]
     return ids, learned

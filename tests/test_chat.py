@@ -52,8 +52,9 @@ def answers(engine: Engine, *messages: str, system: str | None = None) -> list[s
     conversation = [{"role": "system", "content": system}] if system else []
     for message in messages:
         conversation.append({"role": "user", "content": message})
-        text = engine.generate([conversation], SETTINGS)[0].text
-        conversation.append({"role": "assistant", "content": text})
+        completion = engine.generate([conversation], SETTINGS)[0]
+        given = {} if completion.cut else {"token_ids": completion.token_ids}
+        conversation.append({"role": "assistant", "content": completion.text} | given)
     return [turn["content"] for turn in conversation if turn["role"] == "assistant"]
 
 
@@ -69,6 +70,14 @@ def test_several_turns_answer_as_if_nothing_were_cached(engine, say):
         "assistant",
     ]
     assert err.count("tokens/s") == 2
+
+
+def test_the_next_prompt_has_what_was_generated_token_for_token(engine, say):
+    chat, _, _ = say("Hello", "And then?")
+    first = engine.encode(chat.messages[:1])
+    generated = chat.messages[1]["token_ids"]
+    prompt = engine.encode(chat.messages[:3])
+    assert prompt[: len(first) + len(generated)] == first + generated
 
 
 def test_reset_forgets_and_exit_leaves(engine, say):

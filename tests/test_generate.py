@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import torch
 from minimoe import MiniMoeConfig, MiniMoeForCausalLM
 from minimoe.config import GenerationSection
 from minimoe.errors import UserError
+from minimoe.generation.decode import DecodeBatch
 from minimoe.generation.engine import Engine
 from minimoe.generation.generate import read_prompts, run
 
 SETTINGS = GenerationSection(temperature=0, max_new_tokens=6)
+CHAT = GenerationSection(temperature=0, max_new_tokens=90, chat=True)
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +108,14 @@ def test_prompts_come_from_the_option_a_file_or_standard_input(tmp_path):
     [
         ("p.txt", b"\n \n", "empty"),
         ("p.txt", b"\xff\xfe\x00", "UTF-8"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', r"not a JSON object[\s\S]*p\.jsonl:2"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', r"malformed JSON[\s\S]*p\.jsonl:2"),
         ("p.jsonl", b'{"text": "a"}\n', r"neither[\s\S]*p\.jsonl:1"),
         ("p.jsonl", b'{"prompt": 3}\n', "neither"),
         ("p.jsonl", b"[1]\n", "neither"),
         ("p.jsonl", b'{"messages": []}\n', "neither"),
-        ("p.jsonl", b'{"messages": [{"role": "user"}]}\n', "neither"),
+        ("p.jsonl", b'{"messages": [{"role": "user"}]}\n', r"message 1: content is missing[\s\S]*p\.jsonl:1"),
+        ("p.json", b'[{"prompt": "a"}, {"prompt": 3}]', r"neither[\s\S]*p\.json, item 2"),
+        ("p.md", b"# A title", r"unknown kind of prompt file: .*p\.md"),
     ],
 )
 def test_a_broken_prompt_file_is_refused_with_its_place(tmp_path, name, content, message):
@@ -155,3 +160,63 @@ def test_impossible_int8_weights_are_refused_before_anything_is_printed(model_di
         run(model_dir, ["The cat"], SETTINGS.model_copy(update={"weights": "int8"}), device="cpu")
     assert "weights=exact" in refusal.value.fix
     assert capsys.readouterr().out == ""
+
+
+def test_prompts_in_json_and_messages_in_every_form_are_read(tmp_path):
+    call = {"name": "f", "arguments": {"x": 1}}
+    rows = [
+        {"prompt": "a"},
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": json.dumps(call)},
+                {"from": "observation", "value": "r"},
+            ],
+            "system": "s",
+        },
+    ]
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+    assert read_prompts(None, tmp_path / "p.json", None) == [
+        "a",
+        [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "content": "r"},
+        ],
+    ]
+
+
+WRITTEN = '<think>\nhm\n</think>\n\nSee.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+
+
+@pytest.fixture
+def saying(tiny_tokenizer, monkeypatch):
+    """Every model says WRITTEN."""
+    ids = tiny_tokenizer(f"{WRITTEN}<|im_end|>")["input_ids"]
+    steps = iter(ids)
+    monkeypatch.setattr(DecodeBatch, "step", lambda self: [next(steps)])
+    return ids
+
+
+@pytest.mark.usefixtures("saying")
+def test_think_parts_and_calls_are_shown(model_dir, capsys):
+    run(model_dir, ["hi"], CHAT, device="cpu")
+    assert capsys.readouterr().out == f"{WRITTEN}\n"
+
+
+@pytest.mark.usefixtures("saying")
+def test_json_output_has_think_parts_and_calls_apart(model_dir, capsys):
+    run(model_dir, ["hi"], CHAT, json_output=True, device="cpu")
+    row = json.loads(capsys.readouterr().out)
+    assert row["text"] == WRITTEN
+    assert (row["reasoning_content"], row["content"]) == ("hm", "See.")
+    assert row["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+@pytest.mark.usefixtures("saying")
+def test_on_a_terminal_think_parts_and_calls_are_dim(model_dir, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run(model_dir, ["hi"], CHAT, device="cpu")
+    shown = capsys.readouterr().out
+    assert "\x1b[2m<think>\nhm\n</think>\x1b[22m\n\nSee.\n\x1b[2m<tool_call>" in shown

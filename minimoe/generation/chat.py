@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from minimoe.config import GenerationSection
-from minimoe.conversation import Message
+from minimoe.conversation import Message, split_answer
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine
-from minimoe.generation.generate import dim, int8_remark, open_engine, speed
+from minimoe.generation.generate import dim, int8_remark, open_engine, show, speed
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -78,8 +78,7 @@ class Chat:
         pieces = self._session.stream(conversation, self._settings)
         try:
             for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                show(piece)
         except KeyboardInterrupt:
             interrupted = ", stopped"
         finally:
@@ -89,7 +88,10 @@ class Chat:
         if completion is None or not completion.token_ids:  # stopped before anything was generated
             return
         dim(speed(completion) + interrupted)
-        self.messages = [*conversation, {"role": "assistant", "content": completion.text}]
+        answer = split_answer(completion.text)
+        if not completion.cut:  # the next prompt has what was generated, token for token
+            answer["token_ids"] = list(completion.token_ids)
+        self.messages = [*conversation, answer]
         if not self._cost_told and not interrupted:  # once: it feeds the whole text again
             with suppress(KeyboardInterrupt):
                 dim(int8_remark(self._engine, self._engine.encode(conversation), completion))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from minimoe.config import GenerationSection, WeightsName
-from minimoe.conversation import Message
+from minimoe.conversation import BadConversation, Message, conversation
 from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache
 from minimoe.generation.compiled import CompiledModel, why_not_compiled
@@ -47,6 +47,7 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     seconds: float
+    cut: bool = False  # by a stop string: the last ids are not in the text
 
     @property
     def new_tokens(self) -> int:
@@ -135,7 +136,10 @@ class Engine:
             UserError: nothing to start from, or no room in the context for a new token.
         """
         if not isinstance(prompt, str):
-            ids = encode_prompt(self.tokenizer, prompt)
+            try:
+                ids = encode_prompt(self.tokenizer, conversation(prompt, generated=True))
+            except BadConversation as bad:
+                raise UserError(str(bad), where="the conversation", fix="see docs/formats.md for its forms") from None
         elif chat:
             if not prompt.strip():
                 raise UserError("the prompt is empty", fix="say something, or generate without chat")
@@ -299,6 +303,7 @@ class _Row:
             self.finish_reason or "stop",
             len(self.prompt),
             self.seconds,
+            self.stops.stopped,
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from minimoe.config import GenerationSection
+from minimoe.conversation import BadConversation, conversation, either, split_answer
 from minimoe.errors import UserError
 from minimoe.generation.engine import Completion, Engine, Prompt
 from minimoe.generation.packed import why_not_packed
@@ -63,7 +64,7 @@ def read_prompts(prompt: str | None, file: str | Path | None, stdin: TextIO | No
 
     Args:
         prompt: the text itself; it may be empty, the engine knows whether the model can start from nothing.
-        file: .txt holds one prompt a line, .jsonl rows with "prompt" or "messages".
+        file: .txt holds one prompt a line, .jsonl and .json rows with "prompt" or "messages".
         stdin: read whole as one prompt, where neither of the others is given and it is no terminal.
 
     Raises:
@@ -110,7 +111,7 @@ def _print_json(engine: Engine, prompts: Sequence[Prompt], settings: GenerationS
     for prompt, completion in zip(prompts, completions, strict=True):
         row = {
             "prompt": prompt,
-            "text": completion.text,
+            **_parts(completion.text),
             "finish_reason": completion.finish_reason,
             "prompt_tokens": completion.prompt_tokens,
             "new_tokens": completion.new_tokens,
@@ -120,14 +121,29 @@ def _print_json(engine: Engine, prompts: Sequence[Prompt], settings: GenerationS
     return completions[0]
 
 
+def _parts(text: str) -> dict[str, Any]:
+    """The text; and where a model thinks or calls tools, that apart from what it says."""
+    answer = split_answer(text)
+    apart = {key: answer[key] for key in ("reasoning_content", "tool_calls") if key in answer}
+    return {"text": text} | ({"content": answer["content"]} | apart if apart else {})
+
+
+def show(piece: str) -> None:
+    """Print a piece of a completion; on a terminal, think parts and calls are dim."""
+    if sys.stdout.isatty():
+        for tag in ("think", "tool_call"):
+            piece = piece.replace(f"<{tag}>", f"\x1b[2m<{tag}>").replace(f"</{tag}>", f"</{tag}>\x1b[22m")
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
 def _print_stream(engine: Engine, prompt: Prompt, settings: GenerationSection) -> Completion | None:
     session = engine.session()
     pieces = session.stream(prompt, settings)
     if isinstance(prompt, str) and not settings.chat:
         sys.stdout.write(prompt)  # a completion reads on from its prompt
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        show(piece)
     print(flush=True)
     if session.completion is not None:
         dim(speed(session.completion))
@@ -150,40 +166,52 @@ def _reads_on(prompt: Prompt, settings: GenerationSection) -> bool:
 
 
 def _read_file(path: Path) -> list[Prompt]:
+    if path.suffix.lower() not in ("", ".txt", ".jsonl", ".json"):
+        raise UserError(
+            f"unknown kind of prompt file: {path}",
+            fix="give .txt (a prompt a line), or .jsonl or .json (prompt or messages)",
+        )
     try:
         with path.open("rb") as file:
             text = _decode_text(file.read(MAX_BYTES + 1), str(path))
     except OSError as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
         raise UserError(f"prompt file {reason}: {path}", fix="give a .txt or .jsonl file") from None
+    if path.suffix.lower() == ".json":
+        rows = _parse(text, str(path))
+        rows = rows if isinstance(rows, list) else [rows]
+        return [_row_prompt(row, f"{path}, item {number}") for number, row in enumerate(rows, 1)]
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"prompt file is empty: {path}", fix="write one prompt a line")
-    if path.suffix == ".jsonl":
-        return [_jsonl_prompt(line, f"{path}:{number}") for number, line in lines]
+    if path.suffix.lower() == ".jsonl":
+        return [_row_prompt(_parse(line, f"{path}:{number}"), f"{path}:{number}") for number, line in lines]
     return [line.removesuffix("\r") for _, line in lines]
 
 
-def _jsonl_prompt(line: str, where: str) -> Prompt:
-    """A row's "prompt" (text) or "messages" (role and content each)."""
+def _parse(text: str, where: str) -> Any:
     try:
-        row: Any = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        raise UserError("not a JSON object", where=where, fix='write {"prompt": "…"}') from None
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        return row["prompt"]
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-        return messages
+        raise UserError("malformed JSON", where=where, fix='write {"prompt": "…"}') from None
+
+
+def _row_prompt(row: Any, where: str) -> Prompt:
+    """A row's "prompt" (text), or its messages in any form that SFT reads."""
+    try:
+        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            return row["prompt"]
+        messages = either(row, "messages", "conversations") if isinstance(row, dict) else None
+        if isinstance(messages, list) and messages:
+            system = either(row, "system", "system_prompt")
+            return conversation(messages, system=system or "", tools=either(row, "tools", "functions"))
+    except BadConversation as bad:
+        raise UserError(str(bad), where=where, fix="see docs/formats.md for the forms of a message") from None
     raise UserError(
         'the row has neither a text "prompt" nor "messages" with "role" and "content"',
         where=where,
         fix='write {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
     )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _decode_text(data: bytes, where: str) -> str:

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from minimoe.tokenizer import TAGS
+
 REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """Incremental decoding; special tokens give no text."""
+    """Incremental decoding; special tokens give no text, but for the tags of think parts and tool calls."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        tags = set(tokenizer.convert_tokens_to_ids([tag for tag in TAGS if tag in tokenizer.get_vocab()]))
+        self._hidden = set(tokenizer.all_special_ids) - tags
         self._ids: list[int] = []
         # Decoding restarts at `_start`. It keeps the tokens of the previous piece as context, because some
         # decoders treat the first token of a text specially (SentencePiece drops its space).
@@ -45,7 +49,7 @@ class Detokenizer:
         return piece
 
     def _decode(self, start: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:], skip_special_tokens=True))
+        return str(self._tokenizer.decode([token for token in self._ids[start:] if token not in self._hidden]))
 
 
 class StopFilter:
