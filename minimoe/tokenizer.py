@@ -24,6 +24,7 @@ from minimoe.chat_template import CHAT_TEMPLATE, render
 from minimoe.conversation import Message
 from minimoe.errors import UserError
 from minimoe.folder import check_folder
+from minimoe.hub import reachable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,9 +111,10 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer folder is a file: {name}", fix="give the folder that holds tokenizer.json")
     if local:
         check_folder(folder)
+    on_disk = local or not reachable("model", name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if local else name, local_files_only=local, trust_remote_code=False
+            str(folder) if local else name, local_files_only=on_disk, trust_remote_code=False
         )
         tokenizer(["a"], verbose=False)  # settings of a wrong type show only now
         return tokenizer

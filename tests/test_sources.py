@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 
 from minimoe.config import SourceConfig
@@ -196,7 +197,6 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_dataset_gives_its_rows(monkeypatch, streaming):
-    import datasets
 
     asked = []
 
@@ -206,7 +206,7 @@ def test_a_hub_dataset_gives_its_rows(monkeypatch, streaming):
         return dataset.to_iterable_dataset() if streaming else dataset
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: SimpleNamespace(sha="commit"))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: SimpleNamespace(sha="commit"))
     source = SourceConfig(hub="org/stories", subset="small", split="test", streaming=streaming)
     rows = list(read_rows(source))
     assert [row.values["text"] for row in rows] == ["a", "b"]
@@ -216,7 +216,6 @@ def test_a_hub_dataset_gives_its_rows(monkeypatch, streaming):
 
 
 def test_an_unknown_hub_dataset_is_a_user_error(monkeypatch):
-    import datasets
 
     def fail(*_, **__):
         raise FileNotFoundError("Dataset 'org/none' doesn't exist")
@@ -248,3 +247,50 @@ def test_nulls_that_arrow_adds_to_objects_are_not_the_rows(tmp_path):
     assert read[0] == {"messages": [{"role": "user", "content": "q"}], "score": None}
     assert read[1]["messages"][0]["tool_calls"][0]["arguments"] == {"x": 0}
     assert read[2]["messages"][0]["tool_calls"][0]["arguments"] == {"text": "t"}
+
+
+ROWS = [{"text": "a"}, {"text": "b\nc"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", json.dumps(ROWS)),
+        ("a.jsonl", json.dumps(ROWS, indent=2)),
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("a.json", "\n".join(json.dumps(row, indent=2) for row in ROWS)),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in ROWS)),
+        ("a.tsv", 'id\ttext\n1\ta\n2\t"b\nc"\n'),
+    ],
+)
+def test_json_broken_over_lines_and_lists_under_either_name_are_read(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert texts_of(tmp_path / name) == ["a", "b\nc"]
+
+
+def test_arrow_and_zstandard_files_and_saved_datasets_are_read(tmp_path):
+    import pyarrow
+
+    with pyarrow.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    assert texts_of(tmp_path / "a.jsonl.zst") == ["a", "b\nc"]
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "saved")
+    assert texts_of(tmp_path / "saved") == ["a", "b\nc"]
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
+        writer.write(table)
+    assert texts_of(tmp_path / "b.arrow") == ["a", "b\nc"]
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="holds the splits test, train"):
+        texts_of(tmp_path / "splits")
+
+
+def test_another_encoding_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "a.txt").write_text("Zażółć", encoding="utf-16")
+    with pytest.raises(UserError, match="is UTF-16, and UTF-8 is needed") as refused:
+        texts_of(tmp_path / "a.txt")
+    assert refused.value.fix == "iconv -f UTF-16 -t UTF-8 a.txt > utf8-a.txt"
+    (tmp_path / "b.txt").write_text("café", encoding="latin-1")
+    (bad,) = read_rows(SourceConfig(path=str(tmp_path / "b.txt")))
+    assert "iconv -f ENCODING -t UTF-8" in bad.what

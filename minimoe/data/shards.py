@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -49,7 +49,7 @@ class Corpus:
     num_bytes: np.ndarray  # (N,) int64
     fingerprint: str
     counts: dict[str, int]  # documents, tokens, bytes, truncated, dropped, bad_rows, empty_rows
-    ignored: dict[str, int]  # rows with a column that the format does not read
+    ignored: dict[str, int] = field(default_factory=dict)  # rows with a column that the format does not read
 
     @property
     def num_documents(self) -> int:
