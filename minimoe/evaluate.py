@@ -102,7 +102,13 @@ def evaluate_source(
     length = sequence_length or min(limit, 1024)
     source = SourceConfig(path=path)
     data = DataConfig(train=(source,), sequence_length=length)
-    validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
+    try:
+        validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
+    except UserError as error:  # its options are not the keys of a config
+        fix = error.fix.replace(", or set data.on_bad_rows: skip", "").replace(
+            "data.sequence_length", "--sequence-length"
+        )
+        raise UserError(error.what, where=error.where, fix=fix) from None
     return evaluate_model(model, validation, batch_size)
 
 

@@ -36,6 +36,8 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, IM_START, IM_END, *TAGS)
 
+LONGEST_WORD = 64  # characters that merges are learned from; few words of languages with spaces have as many
+
 # Qwen2's split regex, to the letter.
 SPLIT_REGEX = "|".join(
     (
@@ -79,7 +81,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in _short_words(text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -89,6 +91,19 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+# The split regex makes one word of letters, or of signs, that no space divides.
+_LONG_WORD = re.compile(rf"([^\W\d_]{{{LONGEST_WORD}}}|[^\w\s]{{{LONGEST_WORD}}})(?=[^\W\d_]|[^\w\s])")
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """The text, cut within words so long that finding their merges takes minutes: text without spaces, DNA."""
+    start = 0
+    for match in _LONG_WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from minimoe import tokenizer as tok
 from minimoe.config import SourceConfig
@@ -248,3 +249,17 @@ def test_columns_that_are_not_read_are_counted(tiny_tokenizer, data_config, writ
     for _ in range(2):  # built, and from the cache
         corpus = shards.prepare(SourceConfig(path=str(path)), data_config(str(path)), tiny_tokenizer, "pretrain")
         assert corpus.ignored == {"id": 3, "score": 2}
+
+
+def test_what_a_killed_process_was_building_is_swept_and_what_another_builds_is_not(
+    tiny_tokenizer, data_config, write_jsonl
+):
+    path = str(write_jsonl([{"text": "a b"}]))
+    cache = Path(data_config(path).cache_dir)
+    dead, living = cache / "dead.building-x", cache / "living.building-x"
+    for folder in (dead, living):
+        folder.mkdir(parents=True)
+    with FileLock(cache / "living.lock"):
+        shards.prepare(SourceConfig(path=path), data_config(path), tiny_tokenizer, "pretrain")
+    assert not dead.exists()
+    assert living.exists()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+import re
 import unicodedata
 from pathlib import Path
 
@@ -220,3 +222,18 @@ def test_a_tokenizer_without_a_template_is_a_user_error(tiny_tokenizer_dir):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         tok.encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+def test_merges_are_learned_from_words_of_bounded_length_and_cutting_loses_nothing():
+    text = "ab cd " + "AC" * 100 + "GT, " + "世" * 70 + "?!" * 35 + " end"
+    pieces = list(tok._short_words(text))
+    assert "".join(pieces) == text
+    assert all(len(word) <= tok.LONGEST_WORD for piece in pieces for word in re.findall(r"[^\W\d_]+|[^\w\s]+", piece))
+    assert list(tok._short_words("a text of words, as usual")) == ["a text of words, as usual"]
+
+
+def test_text_without_spaces_trains_as_fast_as_any_other_and_is_encoded_whole():
+    text = "".join(random.Random(0).choices("ACGT", k=200_000))
+    tokenizer = tok.train_bpe(iter([text]), 600)
+    assert max(map(len, tokenizer.get_vocab())) > 4
+    assert tokenizer.decode(tok.encode_text(tokenizer, text)) == text

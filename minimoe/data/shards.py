@@ -19,17 +19,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from minimoe.config import DataConfig, SourceConfig, Stage
 from minimoe.data import sources
 from minimoe.data.encode import Chunk, encode_all, num_characters
 from minimoe.data.formats import Counts, read_documents
 from minimoe.errors import StorageError, UserError
+from minimoe.user_cache import user_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,16 +65,16 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
     Raises:
         UserError: bad rows, no usable row, a format the stage cannot take, token ids outside the vocabulary.
     """
-    from filelock import FileLock
-
     fingerprint = _fingerprint(source, data, tokenizer, stage)
-    cache = Path(os.path.expanduser(data.cache_dir))
-    folder = cache / fingerprint
+    cache = Path("the cache")
     try:
+        cache = Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else user_cache()
+        folder = cache / fingerprint
         cache.mkdir(parents=True, exist_ok=True)
         (cache / f"{fingerprint}.lock").touch()  # the lock itself would wait for a folder that can be written
         with FileLock(cache / f"{fingerprint}.lock"):
             if not _complete(folder):
+                _sweep(cache, fingerprint)
                 shutil.rmtree(folder, ignore_errors=True)
                 temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint}.building-", dir=cache))
                 try:
@@ -80,9 +83,19 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        fix = "free disk space, or set data.cache_dir to a folder that can be written"
+        setting = "data.cache_dir" if data.cache_dir else "XDG_CACHE_HOME"
+        fix = f"free disk space, or set {setting} to a folder that can be written"
         raise StorageError(f"cannot write tokenised data: {error}", where=str(cache), fix=fix) from None
     return _open(folder, fingerprint, len(tokenizer))
+
+
+def _sweep(cache: Path, held: str) -> None:
+    """Delete what killed processes were building: nobody has the lock of it, or we do."""
+    for left in cache.glob("*.building-*"):
+        fingerprint = left.name.partition(".")[0]
+        lock = FileLock(cache / f"{fingerprint}.lock", timeout=0)
+        with suppress(Timeout), nullcontext() if fingerprint == held else lock:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> str:

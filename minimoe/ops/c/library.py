@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from minimoe.user_cache import user_cache
+
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 WORK_OF_A_THREAD = 2**14  # values to read, at least: waking another thread takes about as long
@@ -70,7 +72,10 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimoe"
+    try:
+        folder = user_cache()
+    except OSError as error:
+        return f"there is no folder to keep them in: {error}"
     return load(os.environ.get("CXX") or "c++", os.environ.get("MINIMOE_CXXFLAGS", ""), folder)
 
 
