@@ -169,14 +169,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     """Ids of a conversation, and which of them SFT learns: every assistant turn, its `<|im_end|>` included.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one without `{% generation %}` marks.
+        UserError: the tokenizer has no chat template, or one that does not tell what the assistant says.
     """
-    if not re.search(r"{%-?\s*generation\s*-?%}", _chat_template(tokenizer)):
-        raise UserError(
-            "the chat template has no {% generation %} marks: which tokens the assistant says is unknown",
-            fix="add the marks to chat_template.jinja, or use a tokenizer trained by `minimoe tokenizer`",
-        )
-    return _encode_rendered(tokenizer, messages, add_generation_prompt=False)
+    return _encode_rendered(tokenizer, messages, add_generation_prompt=False, learn=True)
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -190,7 +185,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def _encode_rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool, learn: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Render the template, cut it into pieces, encode each piece.
 
@@ -213,6 +208,8 @@ def _encode_rendered(
     ]
     variables = tokenizer.special_tokens_map | ({"tools": _defuse(tools, control, cut)} if tools else {})
     text, spans = render(template, safe, add_generation_prompt=add_generation_prompt, **variables)
+    if learn and not re.search(r"{%-?\s*generation\s*-?%}", template):
+        spans = _spans_by_prefixes(tokenizer, template, safe, variables, text)
     turns = [message.get("learned", True) for message in messages if message["role"] == "assistant"]
     if not all(turns) and len(turns) != len(spans):
         raise UserError("the chat template does not tell the assistant's turns apart, and one is not to be learned")
@@ -264,6 +261,41 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not template or not isinstance(template, str):
         raise UserError("the tokenizer has no chat template", fix="use a tokenizer trained by `minimoe tokenizer`")
     return template
+
+
+def _spans_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], variables: dict[str, Any], text: str
+) -> list[tuple[int, int]]:
+    """What the assistant says, for a template without `{% generation %}` marks: an answer is what its turn adds to the
+    prompt before it, up to the token that ends it.
+
+    Raises:
+        UserError: that is not exact, as the template renders a turn differently once another follows (Qwen3's leaves
+            out the think parts of earlier turns), or as it ends no answer.
+    """
+    fix = "give a tokenizer whose template has {% generation %} marks, or conversations of one answer each"
+    ends = tuple(tokenizer.get_added_vocab())
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, _ = render(template, messages[:number], add_generation_prompt=True, **variables)
+        through, _ = render(template, messages[: number + 1], add_generation_prompt=False, **variables)
+        if not (through.startswith(prompt) and text.startswith(through)):
+            raise UserError(
+                f"message {number + 1}: the chat template renders this answer differently once it is followed by "
+                "another turn, so that its tokens cannot be told",
+                fix=fix,
+            )
+        through = through.rstrip()
+        if not ends or not through.endswith(ends) or len(through) <= len(prompt):
+            raise UserError(
+                f"message {number + 1}: the chat template ends no answer with a token that a model could learn to end "
+                "it with",
+                fix=fix,
+            )
+        spans.append((len(prompt), len(through)))
+    return spans
 
 
 def _as_templates_know_them(template: str, messages: Sequence[Message]) -> tuple[list[Message], list[dict[str, Any]]]:

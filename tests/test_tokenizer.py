@@ -208,13 +208,53 @@ def test_a_prompt_is_a_prefix_of_its_conversation(tiny_tokenizer, answer):
     assert followed[: len(ids)] == ids
 
 
-def test_a_template_without_generation_marks_can_prompt_but_not_teach(tiny_tokenizer_dir):
+PLAIN = tok.CHAT_TEMPLATE.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+# In the style of Llama 3: a header for each role, the texts trimmed; ends of turns are control tokens.
+HEADERS = (
+    "{{- bos_token }}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n\\n' + m.content | trim }}"
+    "{{- '<tool_call>' + m.tool_calls | tojson if m.tool_calls }}{{- '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{%- endif %}"
+)
+MARKED_HEADERS = (
+    "{{- bos_token }}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n\\n' }}"
+    "{%- if m.role == 'assistant' %}{%- generation %}{{- m.content | trim }}"
+    "{{- '<tool_call>' + m.tool_calls | tojson if m.tool_calls }}{{- '<|im_end|>' }}{%- endgeneration %}"
+    "{%- else %}{{- m.content | trim }}{{- '<|im_end|>' }}{%- endif %}{%- endfor %}"
+)
+CALLING = [
+    *CHAT[:2],
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "r"},
+    {"role": "assistant", "content": "It is r."},
+]
+
+
+@pytest.mark.parametrize("messages", [CHAT, CALLING], ids=["think", "tools"])
+@pytest.mark.parametrize(("template", "marked"), [(PLAIN, tok.CHAT_TEMPLATE), (HEADERS, MARKED_HEADERS)])
+def test_a_template_without_marks_teaches_what_its_marked_version_does(template, marked, messages, tiny_tokenizer_dir):
+    plain, expected = (tok.load_tokenizer(tiny_tokenizer_dir) for _ in range(2))
+    plain.chat_template, expected.chat_template = template, marked
+    assert tok.encode_chat(plain, messages) == tok.encode_chat(expected, messages)
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_turn(tiny_tokenizer_dir):
     tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    messages = [{"role": "user", "content": "Hi"}]
-    assert tok.encode_prompt(tokenizer, messages) == tokenizer.apply_chat_template(messages, return_dict=False)
-    with pytest.raises(UserError, match="generation"):
-        tok.encode_chat(tokenizer, messages)
+    tokenizer.chat_template = PLAIN.replace(
+        "{%- if message.reasoning_content %}", "{%- if loop.last and message.reasoning_content %}"
+    )
+    thinking = [CHAT[1], CHAT[2]]
+    _, learned = tok.encode_chat(tokenizer, thinking)
+    assert any(learned)
+    with pytest.raises(UserError, match="message 2: the chat template renders this answer differently"):
+        tok.encode_chat(tokenizer, [*thinking, *thinking])
+
+
+def test_a_template_that_ends_no_answer_is_refused(tiny_tokenizer_dir):
+    tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
+    tokenizer.chat_template = "{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}"
+    with pytest.raises(UserError, match=r"ends no answer with a token|renders this answer differently"):
+        tok.encode_chat(tokenizer, [CHAT[1], {"role": "assistant", "content": "a"}])
+    assert tok.encode_prompt(tokenizer, [CHAT[1]])
 
 
 def test_a_tokenizer_without_a_template_is_a_user_error(tiny_tokenizer_dir):
