@@ -1,7 +1,4 @@
-"""Byte-level BPE: training, loading, and the only places where text becomes token ids.
-
-Training learns merges with `tokenizers`: NFC, exactly Qwen2's split regex (llama.cpp knows a pre-tokenizer by
-its hash) and all 256 bytes in the alphabet, so any UTF-8 text round-trips up to NFC.
+"""Loading a tokenizer, and the only places where text becomes token ids.
 
 Three rules hold everywhere:
 - Text that somebody typed is never a control token: `<|im_end|>` in a document or message is encoded as text.
@@ -15,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +24,6 @@ from minimoe.folder import check_folder
 from minimoe.hub import reachable
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,75 +31,6 @@ PAD = "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, IM_START, IM_END, *TAGS)
-
-LONGEST_WORD = 64  # characters that merges are learned from; few words of languages with spaces have as many
-
-# Qwen2's split regex, to the letter.
-SPLIT_REGEX = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
-
-
-def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Learn merges from texts; `vocab_size` counts the bytes and the special tokens too."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        trainers,
-    )
-    from transformers import PreTrainedTokenizerFast
-
-    backend: Tokenizer = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        show_progress=False,
-    )
-    backend.train_from_iterator((piece for text in texts for piece in _short_words(text)), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=IM_END,
-        pad_token=PAD,
-        extra_special_tokens=[IM_START, *TAGS],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-# The split regex makes one word of letters, or of signs, that no space divides.
-_LONG_WORD = re.compile(rf"([^\W\d_]{{{LONGEST_WORD}}}|[^\w\s]{{{LONGEST_WORD}}})(?=[^\W\d_]|[^\w\s])")
-
-
-def _short_words(text: str) -> Iterator[str]:
-    """The text, cut within words so long that finding their merges takes minutes: text without spaces, DNA."""
-    start = 0
-    for match in _LONG_WORD.finditer(text):
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:]
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
@@ -139,6 +66,30 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
             f"cannot load tokenizer {name!r}: {reason}",
             fix="give a folder with tokenizer.json, or a hub name that can be reached",
         ) from None
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
+    """Give the tokenizer `chatml` or the template in a file, and check that it renders; None leaves what it has.
+
+    Raises:
+        UserError: there is no such file, it does not render, or the tokenizer lacks ChatML's tokens.
+    """
+    if choice is None:
+        return
+    if choice == "chatml":
+        missing = [token for token in (IM_START, IM_END) if token not in tokenizer.get_vocab()]
+        if missing:
+            raise UserError(
+                f"chat_template chatml needs the token {missing[0]}, which the tokenizer lacks: no answer could end",
+                fix="give the path of a template with the tokenizer's own tokens",
+            )
+        tokenizer.chat_template, tokenizer.eos_token = CHAT_TEMPLATE, IM_END
+    else:
+        try:
+            tokenizer.chat_template = Path(os.path.expanduser(choice)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read chat_template {choice}: {error}", fix="give chatml or a file") from None
+    encode_prompt(tokenizer, [{"role": "user", "content": "?"}])
 
 
 def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -24,12 +24,25 @@ BELOW = {
     "conversation": {"errors"},
     "hub": {"errors"},
     "user_cache": set(),
+    "bpe": {"tokenizer", "chat_template"},
     "tokenizer": {"errors", "chat_template", "conversation", "folder", "hub"},
     "data": {"tokenizer", "conversation", "hub", "user_cache", "config", "errors", "model", "failpoints"},
     "loading": {"tokenizer", "errors", "model", "folder", "device"},
     "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
     "generation": {"loading", "conversation", "tokenizer", "config", "errors", "model", "ops"},
-    "train": {"generation", "evaluate", "loading", "data", "config", "errors", "model", "failpoints", "ops", "device"}
+    "train": {
+        "generation",
+        "bpe",
+        "evaluate",
+        "loading",
+        "data",
+        "config",
+        "errors",
+        "model",
+        "failpoints",
+        "ops",
+        "device",
+    }
     | {"tokenizer", "device"},
     "cli": {"train", "generation", "evaluate", "data", "config", "errors", "openmp"},
 }

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minimoe import bpe
 from minimoe import tokenizer as tok
 from minimoe.config import TokenizerRun
 from minimoe.errors import UserError
@@ -63,7 +64,7 @@ def test_any_unicode_text_round_trips_up_to_nfc(tiny_tokenizer, text):
 def test_the_split_regex_is_qwen2s():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    assert tok.SPLIT_REGEX == PRETOKENIZE_REGEX
+    assert bpe.SPLIT_REGEX == PRETOKENIZE_REGEX
 
 
 def test_all_bytes_and_special_tokens_are_in_the_vocabulary(tiny_tokenizer):
@@ -266,14 +267,14 @@ def test_a_tokenizer_without_a_template_is_a_user_error(tiny_tokenizer_dir):
 
 def test_merges_are_learned_from_words_of_bounded_length_and_cutting_loses_nothing():
     text = "ab cd " + "AC" * 100 + "GT, " + "世" * 70 + "?!" * 35 + " end"
-    pieces = list(tok._short_words(text))
+    pieces = list(bpe._short_words(text))
     assert "".join(pieces) == text
-    assert all(len(word) <= tok.LONGEST_WORD for piece in pieces for word in re.findall(r"[^\W\d_]+|[^\w\s]+", piece))
-    assert list(tok._short_words("a text of words, as usual")) == ["a text of words, as usual"]
+    assert all(len(word) <= bpe.LONGEST_WORD for piece in pieces for word in re.findall(r"[^\W\d_]+|[^\w\s]+", piece))
+    assert list(bpe._short_words("a text of words, as usual")) == ["a text of words, as usual"]
 
 
 def test_text_without_spaces_trains_as_fast_as_any_other_and_is_encoded_whole():
     text = "".join(random.Random(0).choices("ACGT", k=200_000))
-    tokenizer = tok.train_bpe(iter([text]), 600)
+    tokenizer = bpe.train_bpe(iter([text]), 600)
     assert max(map(len, tokenizer.get_vocab())) > 4
     assert tokenizer.decode(tok.encode_text(tokenizer, text)) == text
