@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minimoe import MiniMoeConfig, MiniMoeForCausalLM
 from minimoe.config import GenerationSection
@@ -15,7 +16,7 @@ from minimoe.errors import UserError
 from minimoe.generation.cache import PreallocatedCache, PreallocatedLayer
 from minimoe.generation.engine import Engine
 from minimoe.generation.text import Detokenizer, StopFilter
-from minimoe.tokenizer import TAGS
+from minimoe.tokenizer import TAGS, encode_text
 
 CONTEXT = 128
 SHAPE = {
@@ -81,6 +82,34 @@ def reference(engine: Engine, ids: list[int], **kwargs) -> list[int]:
             **kwargs,
         )
     return output[0, len(ids) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """A tokenizer of the SentencePiece kind: a word's space is in its token, and a text's first is not shown."""
+    words = "Zara wanted a boat"
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator([words] * 10 + ["b < > / s"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("split", range(1, 4))
+def test_a_completion_joins_its_prompt_with_its_space(split, sentencepiece):
+    ids = encode_text(sentencepiece, "Zara wanted a boat")
+    detokenizer = Detokenizer(sentencepiece, after=ids[split - 1 : split])
+    completion = "".join(detokenizer.push(token) for token in ids[split:]) + detokenizer.flush()
+    assert sentencepiece.decode(ids[:split]) + completion == "Zara wanted a boat"
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "a </s> b", "<s>Zara", "Zara  wanted"])
+def test_control_tokens_that_are_typed_are_text_for_every_kind_of_tokenizer(text, sentencepiece):
+    ids = encode_text(sentencepiece, text)
+    assert not {sentencepiece.bos_token_id, sentencepiece.eos_token_id} & set(ids)
+    assert sentencepiece.decode(ids) == text
 
 
 @pytest.mark.parametrize("which", ["engine", "qwen_engine"])

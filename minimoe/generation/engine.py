@@ -194,7 +194,8 @@ class Engine:
         # A control token given as a stop string never shows up in the text: it ends the row by its id.
         control = self.tokenizer.get_added_vocab()
         end_ids = self.end_ids | {control[stop] for stop in settings.stop if stop in control}
-        return _Row(ids, limit, generator, end_ids, Detokenizer(self.tokenizer), StopFilter(settings.stop))
+        detokenizer = Detokenizer(self.tokenizer, after=ids[-1:])
+        return _Row(ids, limit, generator, end_ids, detokenizer, StopFilter(settings.stop))
 
     def _decode(
         self, rows: Sequence[_Row], settings: GenerationSection, cache: PreallocatedCache | None = None

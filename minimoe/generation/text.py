@@ -18,15 +18,16 @@ REPLACEMENT = "\ufffd"
 class Detokenizer:
     """Incremental decoding; special tokens give no text, but for the tags of think parts and tool calls."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, after: Sequence[int] = ()) -> None:
+        """Decode what follows the tokens `after`, which give no text themselves."""
         self._tokenizer = tokenizer
         tags = set(tokenizer.convert_tokens_to_ids([tag for tag in TAGS if tag in tokenizer.get_vocab()]))
         self._hidden = set(tokenizer.all_special_ids) - tags
-        self._ids: list[int] = []
+        self._ids = list(after)
         # Decoding restarts at `_start`. It keeps the tokens of the previous piece as context, because some
         # decoders treat the first token of a text specially (SentencePiece drops its space).
-        self._start = self._read = 0
-        self._emitted = 0  # characters of decode(ids[start:]) already given out
+        self._start, self._read = 0, len(self._ids)
+        self._emitted = len(self._decode(0))  # characters of decode(ids[start:]) already given out
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain, often one token's, possibly empty."""
