@@ -267,7 +267,7 @@ def _as_templates_know_them(template: str, messages: Sequence[Message]) -> tuple
         if given and not re.search(rf"\b{key}\b", template):
             raise UserError(
                 f"the conversation has {key}, and the tokenizer's chat template has no place for them",
-                fix="use a tokenizer trained by `minimoe tokenizer`, or remove them from the data",
+                fix="give one that has, such as chat_template: chatml, or remove them from the data",
             )
     return messages, tools
 
