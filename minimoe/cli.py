@@ -203,7 +203,7 @@ def chat_command(
 )
 def evaluate(
     model_dir: ModelDir,
-    data: Annotated[str, typer.Option(help="file, folder or glob: txt, jsonl, json, parquet, csv")],
+    data: Annotated[str, typer.Option(help="file, folder or glob: txt, jsonl, json, csv, tsv, parquet, arrow")],
     answers_only: Annotated[bool, typer.Option("--answers-only", help="score assistant turns only")] = False,
     sequence_length: Annotated[
         int | None, typer.Option(min=8, max=1 << 20, help="tokens of context; default: the model's, 1024 at most")

@@ -12,10 +12,10 @@ from minimoe.config.section import Folder, Section
 class SourceConfig(Section):
     """Where documents come from: a local path or a hub dataset."""
 
-    path: str | None = Field(None, description="file, folder or glob of txt, jsonl, json, parquet or csv")
+    path: str | None = Field(None, description="file, folder or glob of txt, jsonl, json, csv, tsv, parquet or arrow")
     hub: str | None = Field(None, description="Hugging Face hub dataset name, e.g. roneneldan/TinyStories")
     subset: str | None = Field(None, description="hub dataset configuration name")
-    split: str = Field("train", description="hub dataset split")
+    split: str = Field("train", description="split of a hub dataset, or of a folder of save_to_disk")
     streaming: bool = Field(False, description="stream the hub dataset instead of downloading it whole")
     format: str = Field("auto", description="row format, see minimoe/data/formats.py; auto looks at the columns")
     text_column: str = Field("text", description="column that holds the text, for the text format")
