@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import unicodedata
 from pathlib import Path
 
@@ -62,6 +63,41 @@ def test_the_split_regex_is_qwen2s():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     assert tok.SPLIT_REGEX == PRETOKENIZE_REGEX
+
+
+def test_words_of_ordinary_texts_are_learned_from_whole():
+    """The tokenizer is what `tokenizers` makes of the documents with Qwen2's split and nothing more."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].glob("docs/*.md"))]
+    reference = Tokenizer(models.BPE())
+    reference.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(tok.SPLIT_REGEX), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    reference.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    reference.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        initial_alphabet=byte_level.alphabet(),
+        special_tokens=list(tok.SPECIAL_TOKENS),
+        show_progress=False,
+    )
+    reference.train_from_iterator(texts, trainer)
+    own, expected = (
+        json.loads(text) for text in (tok.train_bpe(iter(texts), 2000)._tokenizer.to_str(), reference.to_str())
+    )
+    for part in ("normalizer", "pre_tokenizer", "decoder", "model"):
+        assert own[part] == expected[part], part
+
+
+def test_a_text_without_spaces_is_learned_from_in_pieces_and_encoded_whole():
+    """Learning from a word takes the square of its length."""
+    tokenizer = tok.train_bpe(iter(["a" * 3000]), 300)
+    longest = max(len(token) for token in tokenizer.get_vocab() if set(token) == {"a"})
+    assert longest == tok.LONGEST_TRAINING_WORD
+    ids = tok.encode_text(tokenizer, "a" * 3000)
+    assert len(ids) < 3000 / longest + 10
+    assert tokenizer.decode(ids) == "a" * 3000
 
 
 def test_all_bytes_and_special_tokens_are_in_the_vocabulary(tiny_tokenizer):
