@@ -191,6 +191,25 @@ def test_an_interrupted_build_leaves_nothing(prepare, write_jsonl, tmp_path, mon
     assert folders(tmp_path) == []
 
 
+def test_what_a_killed_process_was_building_is_swept_and_what_a_living_one_builds_is_not(
+    prepare, write_jsonl, tmp_path
+):
+    from filelock import FileLock
+
+    path = write_jsonl([{"text": "a"}])
+    corpus = prepare(path)
+    cache = tmp_path / "cache"
+    building = {name: cache / f"{name}.building-x1" for name in (corpus.fingerprint, "0123", "4567")}
+    for folder in building.values():
+        folder.mkdir()
+        (folder / "tokens.bin").write_bytes(b"half a ")
+    with FileLock(cache / "4567.lock"):
+        prepare(path)
+        assert set(folders(tmp_path)) == {cache / corpus.fingerprint, building["4567"]}
+    prepare(path)
+    assert folders(tmp_path) == [cache / corpus.fingerprint]
+
+
 def test_a_token_id_outside_the_vocabulary_names_the_document(prepare, write_jsonl, tmp_path):
     path = write_jsonl([{"text": text} for text in TEXTS])
     corpus = prepare(path)

@@ -7,8 +7,8 @@ A shard is a folder `cache_dir/<fingerprint>/` with
     num_bytes.bin  int64, N: UTF-8 bytes of the text that is predicted, the denominator of bits per byte
     meta.json      counts, dtype and file sizes
 It is built in a temporary folder and renamed, under a lock, so a killed run leaves nothing that looks
-finished and the processes of one run tokenise once. Memory stays bounded: documents are read, encoded and
-written in chunks.
+finished, and the processes of one run tokenise once. What it does leave is removed by the next one. Memory stays
+bounded: documents are read, encoded and written in chunks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _VERSION = 2  # raise it when the same input gives other shards
 CHUNK_CHARACTERS = 1 << 20
 _CHECK_TOKENS = 1 << 24
+_BUILDING = ".building-"
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,12 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
     folder = cache / fingerprint
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        _sweep(cache)
         (cache / f"{fingerprint}.lock").touch()  # the lock itself would wait for a folder that can be written
         with FileLock(cache / f"{fingerprint}.lock"):
             if not _complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint}.building-", dir=cache))
+                temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint}{_BUILDING}", dir=cache))
                 try:
                     _build(temporary, source, data, tokenizer, stage)
                     temporary.rename(folder)
@@ -83,6 +86,16 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
         fix = "free disk space, or set data.cache_dir to a folder that can be written"
         raise StorageError(f"cannot write tokenised data: {error}", where=str(cache), fix=fix) from None
     return _open(folder, fingerprint, len(tokenizer))
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what a killed process was building: nobody holds the lock of these shards now."""
+    from filelock import FileLock, Timeout
+
+    for folder in cache.glob(f"*{_BUILDING}*"):
+        lock = FileLock(cache / f"{folder.name.partition(_BUILDING)[0]}.lock", timeout=0)
+        with suppress(Timeout), lock:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> str:
