@@ -43,7 +43,9 @@ class DataConfig(Section):
     max_documents: int | None = Field(None, ge=1, description="read at most this many documents per source")
     on_bad_rows: Literal["error", "skip"] = Field("error", description="malformed rows: stop, or skip and count")
     num_processes: int | None = Field(None, ge=1, le=1024, description="tokenisation processes; null: one per core")
-    cache_dir: Folder = Field("~/.cache/minimoe", description="folder of tokenised shards")
+    cache_dir: Folder | None = Field(
+        None, description="folder of tokenised shards; null: $XDG_CACHE_HOME/minimoe, else ~/.cache/minimoe"
+    )
 
     @field_validator("train", "validation", mode="before")
     @classmethod

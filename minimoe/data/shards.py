@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from minimoe.cache_folder import cache_folder
 from minimoe.config import DataConfig, SourceConfig, Stage
 from minimoe.data import sources
 from minimoe.data.encode import Chunk, encode_all, num_characters
@@ -67,7 +68,7 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
     from filelock import FileLock
 
     fingerprint = _fingerprint(source, data, tokenizer, stage)
-    cache = Path(os.path.expanduser(data.cache_dir))
+    cache = Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else cache_folder()
     folder = cache / fingerprint
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,8 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        fix = "free disk space, or set data.cache_dir to a folder that can be written"
+        place = "data.cache_dir" if data.cache_dir else "XDG_CACHE_HOME"
+        fix = f"free disk space, or set {place} to a folder that can be written"
         raise StorageError(f"cannot write tokenised data: {error}", where=str(cache), fix=fix) from None
     return _open(folder, fingerprint, len(tokenizer))
 

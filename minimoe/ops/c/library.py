@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from minimoe.cache_folder import cache_folder
+
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 WORK_OF_A_THREAD = 2**14  # values to read, at least: waking another thread takes about as long
@@ -70,8 +72,7 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minimoe"
-    return load(os.environ.get("CXX") or "c++", os.environ.get("MINIMOE_CXXFLAGS", ""), folder)
+    return load(os.environ.get("CXX") or "c++", os.environ.get("MINIMOE_CXXFLAGS", ""), cache_folder())
 
 
 def load(compiler: str, flags: str, folder: Path) -> ctypes.CDLL | str:
