@@ -316,6 +316,7 @@ def program() -> NoReturn:
     code = EXIT_BUG
     for stream in (sys.stdout, sys.stderr):  # what is shown may be in any script, whatever the terminal can print
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # what is not text is refused by line
 
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):

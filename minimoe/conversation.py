@@ -72,6 +72,8 @@ def conversation(
     Raises:
         BadConversation: naming the message.
     """
+    if not turns:
+        raise BadConversation("the conversation is empty; at least one message is needed")
     result: list[Message] = []
     for number, turn in enumerate(turns, 1):
         try:
@@ -82,8 +84,6 @@ def conversation(
         except BadConversation as bad:
             raise BadConversation(f"message {number}: {bad}") from None
     result = _with_opening(result, system, read_tools(tools))
-    if not result:
-        raise BadConversation("the conversation is empty; at least one message is needed")
     previous = ""
     for number, message in enumerate(result, 1):
         role = message["role"]

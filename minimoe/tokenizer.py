@@ -1,7 +1,4 @@
-"""Byte-level BPE: training, loading, and the only places where text becomes token ids.
-
-Training learns merges with `tokenizers`: NFC, exactly Qwen2's split regex (llama.cpp knows a pre-tokenizer by
-its hash) and all 256 bytes in the alphabet, so any UTF-8 text round-trips up to NFC.
+"""Loading a tokenizer, and the only places where text becomes token ids.
 
 Three rules hold everywhere:
 - Text that somebody typed is never a control token: `<|im_end|>` in a document or message is encoded as text.
@@ -15,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +21,9 @@ from minimoe.chat_template import CHAT_TEMPLATE, render
 from minimoe.conversation import Message
 from minimoe.errors import UserError
 from minimoe.folder import check_folder
+from minimoe.hub import reachable
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,62 +31,6 @@ PAD = "<|pad|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, IM_START, IM_END, *TAGS)
-
-# Qwen2's split regex, to the letter.
-SPLIT_REGEX = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
-# Characters. Without spaces or commas (Chinese, DNA) a word is as long as its document, and learning merges from it
-# takes the square of its length. Words of other texts are shorter, so that nothing changes for them.
-LONGEST_TRAINING_WORD = 256
-
-
-def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Learn merges from texts; `vocab_size` counts the bytes and the special tokens too."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        trainers,
-    )
-    from transformers import PreTrainedTokenizerFast
-
-    backend: Tokenizer = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    words = pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated")
-    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_TRAINING_WORD}}}"), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=IM_END,
-        pad_token=PAD,
-        extra_special_tokens=[IM_START, *TAGS],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
@@ -112,9 +53,10 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer folder is a file: {name}", fix="give the folder that holds tokenizer.json")
     if local:
         check_folder(folder)
+    on_disk = local or not reachable("model", name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if local else name, local_files_only=local, trust_remote_code=False
+            str(folder) if local else name, local_files_only=on_disk, trust_remote_code=False
         )
         tokenizer(["a"], verbose=False)  # settings of a wrong type show only now
         return tokenizer
@@ -124,6 +66,30 @@ def load_tokenizer(path_or_name: str | Path) -> PreTrainedTokenizerBase:
             f"cannot load tokenizer {name!r}: {reason}",
             fix="give a folder with tokenizer.json, or a hub name that can be reached",
         ) from None
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
+    """Give the tokenizer `chatml` or the template in a file, and check that it renders; None leaves what it has.
+
+    Raises:
+        UserError: there is no such file, it does not render, or the tokenizer lacks ChatML's tokens.
+    """
+    if choice is None:
+        return
+    if choice == "chatml":
+        missing = [token for token in (IM_START, IM_END) if token not in tokenizer.get_vocab()]
+        if missing:
+            raise UserError(
+                f"chat_template chatml needs the token {missing[0]}, which the tokenizer lacks: no answer could end",
+                fix="give the path of a template with the tokenizer's own tokens",
+            )
+        tokenizer.chat_template, tokenizer.eos_token = CHAT_TEMPLATE, IM_END
+    else:
+        try:
+            tokenizer.chat_template = Path(os.path.expanduser(choice)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read chat_template {choice}: {error}", fix="give chatml or a file") from None
+    encode_prompt(tokenizer, [{"role": "user", "content": "?"}])
 
 
 def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -154,14 +120,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     """Ids of a conversation, and which of them SFT learns: every assistant turn, its `<|im_end|>` included.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one without `{% generation %}` marks.
+        UserError: the tokenizer has no chat template, or one that does not tell what the assistant says.
     """
-    if not re.search(r"{%-?\s*generation\s*-?%}", _chat_template(tokenizer)):
-        raise UserError(
-            "the chat template has no {% generation %} marks: which tokens the assistant says is unknown",
-            fix="add the marks to chat_template.jinja, or use a tokenizer trained by `minimoe tokenizer`",
-        )
-    return _encode_rendered(tokenizer, messages, add_generation_prompt=False)
+    return _encode_rendered(tokenizer, messages, add_generation_prompt=False, learn=True)
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
@@ -175,7 +136,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def _encode_rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool, learn: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Render the template, cut it into pieces, encode each piece.
 
@@ -198,6 +159,8 @@ def _encode_rendered(
     ]
     variables = tokenizer.special_tokens_map | ({"tools": _defuse(tools, control, cut)} if tools else {})
     text, spans = render(template, safe, add_generation_prompt=add_generation_prompt, **variables)
+    if learn and not re.search(r"{%-?\s*generation\s*-?%}", template):
+        spans = _spans_by_prefixes(tokenizer, template, safe, variables, text)
     turns = [message.get("learned", True) for message in messages if message["role"] == "assistant"]
     if not all(turns) and len(turns) != len(spans):
         raise UserError("the chat template does not tell the assistant's turns apart, and one is not to be learned")
@@ -249,6 +212,41 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if not template or not isinstance(template, str):
         raise UserError("the tokenizer has no chat template", fix="use a tokenizer trained by `minimoe tokenizer`")
     return template
+
+
+def _spans_by_prefixes(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], variables: dict[str, Any], text: str
+) -> list[tuple[int, int]]:
+    """What the assistant says, for a template without `{% generation %}` marks: an answer is what its turn adds to the
+    prompt before it, up to the token that ends it.
+
+    Raises:
+        UserError: that is not exact, as the template renders a turn differently once another follows (Qwen3's leaves
+            out the think parts of earlier turns), or as it ends no answer.
+    """
+    fix = "give a tokenizer whose template has {% generation %} marks, or conversations of one answer each"
+    ends = tuple(tokenizer.get_added_vocab())
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, _ = render(template, messages[:number], add_generation_prompt=True, **variables)
+        through, _ = render(template, messages[: number + 1], add_generation_prompt=False, **variables)
+        if not (through.startswith(prompt) and text.startswith(through)):
+            raise UserError(
+                f"message {number + 1}: the chat template renders this answer differently once it is followed by "
+                "another turn, so that its tokens cannot be told",
+                fix=fix,
+            )
+        through = through.rstrip()
+        if not ends or not through.endswith(ends) or len(through) <= len(prompt):
+            raise UserError(
+                f"message {number + 1}: the chat template ends no answer with a token that a model could learn to end "
+                "it with",
+                fix=fix,
+            )
+        spans.append((len(prompt), len(through)))
+    return spans
 
 
 def _as_templates_know_them(template: str, messages: Sequence[Message]) -> tuple[list[Message], list[dict[str, Any]]]:

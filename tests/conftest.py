@@ -11,8 +11,9 @@ import pytest
 from tiny_runs import CHATS, MODEL, STORIES
 
 from minimoe import failpoints
+from minimoe.bpe import train_bpe
 from minimoe.config import DataConfig, PretrainRun, SftRun
-from minimoe.tokenizer import load_tokenizer, train_bpe
+from minimoe.tokenizer import load_tokenizer
 
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",

@@ -94,6 +94,13 @@ def test_help_and_unknown_commands_are_not_sent_to_the_model(say):
     assert "unknown command /rest" in err
 
 
+def test_a_line_that_is_not_utf8_is_named_and_the_chat_goes_on(engine, say):
+    chat, _, err = say("Hello", b"caf\xe9".decode("utf-8", "surrogateescape"), "And then?")
+    assert err.count("not valid UTF-8") == 1
+    assert "context" not in err
+    assert [message["content"] for message in chat.messages if message["role"] == "user"] == ["Hello", "And then?"]
+
+
 def test_a_full_context_drops_the_oldest_turns_and_says_so(engine, say):
     chat, _, err = say("first", *["The cat said hello to the boat"] * 5, system="Be kind")
     assert "the context of 96 tokens is full: the oldest turn dropped" in err

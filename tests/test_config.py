@@ -135,6 +135,14 @@ def test_a_learning_rate_belongs_to_its_optimizer(tmp_path, capsys):
     assert load(tmp_path, with_muons_rate, "optimizer.name=adamw", "optimizer.lr=1e-4").optimizer.lr == 1e-4
 
 
+def test_a_model_to_continue_from_replaces_tokenizer_and_architecture(tmp_path, capsys):
+    config = load(tmp_path, BASE, "init_from=runs/base/final")
+    assert (config.tokenizer, config.model, config.tokenizer_source) == (None, None, "runs/base/final")
+    assert "model is left out, as it comes from init_from" in capsys.readouterr().err
+    assert "leave out tokenizer and model" in refusal(tmp_path, BASE, "init_from=x", "model={hidden_size: 64}")
+    assert "tokenizer: required, but missing" in refusal(tmp_path, BASE, "tokenizer=null")
+
+
 @pytest.mark.parametrize(
     ("values", "doubted"),
     [

@@ -15,15 +15,15 @@ from minimoe.train.preflight import check_run
 
 def test_each_process_needs_a_row(pretrain_config, tiny_tokenizer):
     config, model = pretrain_config(batch_size=4), tiny_model(vocab_size=448)
-    check_run(config, model, tiny_tokenizer, num_processes=4)
+    check_run(config, model, tiny_tokenizer, "cpu", num_processes=4)
     with pytest.raises(UserError, match="batch_size 4 is less than one row for each of the 5 processes"):
-        check_run(config, model, tiny_tokenizer, num_processes=5)
+        check_run(config, model, tiny_tokenizer, "cpu", num_processes=5)
 
 
 def test_rows_fit_the_positions_of_the_model(pretrain_config, tiny_tokenizer):
-    check_run(pretrain_config(), tiny_model(vocab_size=448, max_position_embeddings=32), tiny_tokenizer, 1)
+    check_run(pretrain_config(), tiny_model(vocab_size=448, max_position_embeddings=32), tiny_tokenizer, "cpu", 1)
     with pytest.raises(UserError, match=r"sequence_length 32 is more than model\.max_position_embeddings 31"):
-        check_run(pretrain_config(), tiny_model(vocab_size=448, max_position_embeddings=31), tiny_tokenizer, 1)
+        check_run(pretrain_config(), tiny_model(vocab_size=448, max_position_embeddings=31), tiny_tokenizer, "cpu", 1)
 
 
 @pytest.mark.parametrize(

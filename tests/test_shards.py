@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from minimoe import tokenizer as tok
 from minimoe.config import SourceConfig
@@ -191,25 +192,6 @@ def test_an_interrupted_build_leaves_nothing(prepare, write_jsonl, tmp_path, mon
     assert folders(tmp_path) == []
 
 
-def test_what_a_killed_process_was_building_is_swept_and_what_a_living_one_builds_is_not(
-    prepare, write_jsonl, tmp_path
-):
-    from filelock import FileLock
-
-    path = write_jsonl([{"text": "a"}])
-    corpus = prepare(path)
-    cache = tmp_path / "cache"
-    building = {name: cache / f"{name}.building-x1" for name in (corpus.fingerprint, "0123", "4567")}
-    for folder in building.values():
-        folder.mkdir()
-        (folder / "tokens.bin").write_bytes(b"half a ")
-    with FileLock(cache / "4567.lock"):
-        prepare(path)
-        assert set(folders(tmp_path)) == {cache / corpus.fingerprint, building["4567"]}
-    prepare(path)
-    assert folders(tmp_path) == [cache / corpus.fingerprint]
-
-
 def test_a_token_id_outside_the_vocabulary_names_the_document(prepare, write_jsonl, tmp_path):
     path = write_jsonl([{"text": text} for text in TEXTS])
     corpus = prepare(path)
@@ -267,3 +249,17 @@ def test_columns_that_are_not_read_are_counted(tiny_tokenizer, data_config, writ
     for _ in range(2):  # built, and from the cache
         corpus = shards.prepare(SourceConfig(path=str(path)), data_config(str(path)), tiny_tokenizer, "pretrain")
         assert corpus.ignored == {"id": 3, "score": 2}
+
+
+def test_what_a_killed_process_was_building_is_swept_and_what_another_builds_is_not(
+    tiny_tokenizer, data_config, write_jsonl
+):
+    path = str(write_jsonl([{"text": "a b"}]))
+    cache = Path(data_config(path).cache_dir)
+    dead, living = cache / "dead.building-x", cache / "living.building-x"
+    for folder in (dead, living):
+        folder.mkdir(parents=True)
+    with FileLock(cache / "living.lock"):
+        shards.prepare(SourceConfig(path=path), data_config(path), tiny_tokenizer, "pretrain")
+    assert not dead.exists()
+    assert living.exists()

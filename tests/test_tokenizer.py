@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import unicodedata
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minimoe import bpe
 from minimoe import tokenizer as tok
 from minimoe.config import TokenizerRun
 from minimoe.errors import UserError
@@ -62,7 +64,7 @@ def test_any_unicode_text_round_trips_up_to_nfc(tiny_tokenizer, text):
 def test_the_split_regex_is_qwen2s():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    assert tok.SPLIT_REGEX == PRETOKENIZE_REGEX
+    assert bpe.SPLIT_REGEX == PRETOKENIZE_REGEX
 
 
 def test_words_of_ordinary_texts_are_learned_from_whole():
@@ -72,7 +74,7 @@ def test_words_of_ordinary_texts_are_learned_from_whole():
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].glob("docs/*.md"))]
     reference = Tokenizer(models.BPE())
     reference.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(tok.SPLIT_REGEX), behavior="isolated")
+    split = pre_tokenizers.Split(Regex(bpe.SPLIT_REGEX), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     reference.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     reference.decoder = decoders.ByteLevel()
@@ -84,7 +86,7 @@ def test_words_of_ordinary_texts_are_learned_from_whole():
     )
     reference.train_from_iterator(texts, trainer)
     own, expected = (
-        json.loads(text) for text in (tok.train_bpe(iter(texts), 2000)._tokenizer.to_str(), reference.to_str())
+        json.loads(text) for text in (bpe.train_bpe(iter(texts), 2000)._tokenizer.to_str(), reference.to_str())
     )
     for part in ("normalizer", "pre_tokenizer", "decoder", "model"):
         assert own[part] == expected[part], part
@@ -92,9 +94,9 @@ def test_words_of_ordinary_texts_are_learned_from_whole():
 
 def test_a_text_without_spaces_is_learned_from_in_pieces_and_encoded_whole():
     """Learning from a word takes the square of its length."""
-    tokenizer = tok.train_bpe(iter(["a" * 3000]), 300)
+    tokenizer = bpe.train_bpe(iter(["a" * 3000]), 300)
     longest = max(len(token) for token in tokenizer.get_vocab() if set(token) == {"a"})
-    assert longest == tok.LONGEST_TRAINING_WORD
+    assert longest == bpe.LONGEST_WORD
     ids = tok.encode_text(tokenizer, "a" * 3000)
     assert len(ids) < 3000 / longest + 10
     assert tokenizer.decode(ids) == "a" * 3000
@@ -242,13 +244,53 @@ def test_a_prompt_is_a_prefix_of_its_conversation(tiny_tokenizer, answer):
     assert followed[: len(ids)] == ids
 
 
-def test_a_template_without_generation_marks_can_prompt_but_not_teach(tiny_tokenizer_dir):
+PLAIN = tok.CHAT_TEMPLATE.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+# In the style of Llama 3: a header for each role, the texts trimmed; ends of turns are control tokens.
+HEADERS = (
+    "{{- bos_token }}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n\\n' + m.content | trim }}"
+    "{{- '<tool_call>' + m.tool_calls | tojson if m.tool_calls }}{{- '<|im_end|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n\\n' }}{%- endif %}"
+)
+MARKED_HEADERS = (
+    "{{- bos_token }}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n\\n' }}"
+    "{%- if m.role == 'assistant' %}{%- generation %}{{- m.content | trim }}"
+    "{{- '<tool_call>' + m.tool_calls | tojson if m.tool_calls }}{{- '<|im_end|>' }}{%- endgeneration %}"
+    "{%- else %}{{- m.content | trim }}{{- '<|im_end|>' }}{%- endif %}{%- endfor %}"
+)
+CALLING = [
+    *CHAT[:2],
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "r"},
+    {"role": "assistant", "content": "It is r."},
+]
+
+
+@pytest.mark.parametrize("messages", [CHAT, CALLING], ids=["think", "tools"])
+@pytest.mark.parametrize(("template", "marked"), [(PLAIN, tok.CHAT_TEMPLATE), (HEADERS, MARKED_HEADERS)])
+def test_a_template_without_marks_teaches_what_its_marked_version_does(template, marked, messages, tiny_tokenizer_dir):
+    plain, expected = (tok.load_tokenizer(tiny_tokenizer_dir) for _ in range(2))
+    plain.chat_template, expected.chat_template = template, marked
+    assert tok.encode_chat(plain, messages) == tok.encode_chat(expected, messages)
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused_with_the_turn(tiny_tokenizer_dir):
     tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    messages = [{"role": "user", "content": "Hi"}]
-    assert tok.encode_prompt(tokenizer, messages) == tokenizer.apply_chat_template(messages, return_dict=False)
-    with pytest.raises(UserError, match="generation"):
-        tok.encode_chat(tokenizer, messages)
+    tokenizer.chat_template = PLAIN.replace(
+        "{%- if message.reasoning_content %}", "{%- if loop.last and message.reasoning_content %}"
+    )
+    thinking = [CHAT[1], CHAT[2]]
+    _, learned = tok.encode_chat(tokenizer, thinking)
+    assert any(learned)
+    with pytest.raises(UserError, match="message 2: the chat template renders this answer differently"):
+        tok.encode_chat(tokenizer, [*thinking, *thinking])
+
+
+def test_a_template_that_ends_no_answer_is_refused(tiny_tokenizer_dir):
+    tokenizer = tok.load_tokenizer(tiny_tokenizer_dir)
+    tokenizer.chat_template = "{%- for m in messages %}{{- m.role + ': ' + m.content + '\\n' }}{%- endfor %}"
+    with pytest.raises(UserError, match=r"ends no answer with a token|renders this answer differently"):
+        tok.encode_chat(tokenizer, [CHAT[1], {"role": "assistant", "content": "a"}])
+    assert tok.encode_prompt(tokenizer, [CHAT[1]])
 
 
 def test_a_tokenizer_without_a_template_is_a_user_error(tiny_tokenizer_dir):
@@ -256,3 +298,10 @@ def test_a_tokenizer_without_a_template_is_a_user_error(tiny_tokenizer_dir):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         tok.encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
+
+
+def test_text_without_spaces_trains_as_fast_as_any_other_and_is_encoded_whole():
+    text = "".join(random.Random(0).choices("ACGT", k=200_000))
+    tokenizer = bpe.train_bpe(iter([text]), 600)
+    assert max(map(len, tokenizer.get_vocab())) > 4
+    assert tokenizer.decode(tok.encode_text(tokenizer, text)) == text

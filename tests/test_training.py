@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -12,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import relative_error, tiny_config
-from tiny_runs import STORIES, rows, run_command, training_rows, write_yaml
+from tiny_runs import STORIES, rows, run_command, training_rows, weights, write_yaml
 
 from minimoe.config import PretrainRun, SourceConfig
 from minimoe.config.training import OptimizerConfig
+from minimoe.errors import UserError
 from minimoe.evaluate import evaluate_model
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
+from minimoe.tokenizer import load_tokenizer
 from minimoe.train import loop, pretrain, sft
 from minimoe.train.optim import update_selection_bias
 
@@ -123,6 +124,39 @@ def test_brackets_in_paths_and_texts_are_shown_as_they_are(pretrain_config, writ
     assert "[/x]" in capsys.readouterr().out
     assert run_command(monkeypatch, "evaluate", f"{config.output_dir}/final", "--data", str(data)) == 0
     assert "[red]stories" in "".join(capsys.readouterr().out.split())
+
+
+def test_pretraining_goes_on_with_a_model_on_other_data(pretrain_config, write_jsonl, tmp_path, capsys):
+    first = pretrain_config("first", max_steps=2)
+    final = pretrain.run(first)
+    other = write_jsonl([{"text": f"{text} Again."} for text in STORIES], "other.jsonl")
+    values = first.model_dump(mode="json") | {"tokenizer": None, "model": None, "init_from": str(final)}
+    values |= {"output_dir": str(tmp_path / "second"), "data": values["data"] | {"train": str(other)}}
+    values["train"]["max_steps"] = 6
+    config = PretrainRun.model_validate(values)
+    again = pretrain.run(config)
+    assert training_rows(config.output_dir)[0]["loss"] < training_rows(first.output_dir)[0]["loss"]
+    assert weights(again).keys() == weights(final).keys()
+    pretrain.run(PretrainRun.model_validate(values | {"train": values["train"] | {"max_steps": 8}}), resume=True)
+    assert training_rows(config.output_dir)[-1]["step"] == 8
+
+
+def test_a_tokenizer_can_be_given_a_chat_template_before_pretraining(pretrain_config, sft_config, tmp_path, capsys):
+    config = pretrain_config(max_steps=1)
+    bare = tmp_path / "bare"
+    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    config = config.model_copy(update={"tokenizer": str(bare)})
+    final = pretrain.run(config)
+    assert "no chat template, which SFT needs" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="no chat template"):
+        sft.run(sft_config(final, max_steps=1))
+    tuned = sft.run(sft_config(final, "tuned", max_steps=1).model_copy(update={"chat_template": "chatml"}))
+    assert load_tokenizer(tuned).chat_template == load_tokenizer(pretrain_config().tokenizer).chat_template
+    (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(UserError, match="cannot render"):
+        pretrain.run(config.model_copy(update={"chat_template": str(tmp_path / "broken.jinja")}))
 
 
 def test_a_warm_up_longer_than_the_run_is_shortened_with_a_word(pretrain_config, capsys):
@@ -301,13 +335,14 @@ def test_wandb_offline_needs_no_key_and_keeps_its_run_when_resumed(pretrain_conf
     assert any((Path(config.output_dir) / "wandb").iterdir())
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "compile"])
-def test_checkpointing_and_compiling_follow_the_plain_curve(option, pretrain_config, monkeypatch):
-    # Tracing is what can go wrong in our code; generating kernels needs a C++ compiler and a minute.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    plain, other = pretrain_config("plain", max_steps=2), pretrain_config("other", max_steps=2, **{option: True})
+def test_gradient_checkpointing_follows_the_plain_curve(pretrain_config):
+    plain, other = pretrain_config("plain", max_steps=2), pretrain_config("o", max_steps=2, gradient_checkpointing=True)
     for config in (plain, other):
         pretrain.run(config)
     for a, b in zip(training_rows(plain.output_dir), training_rows(other.output_dir), strict=True):
-        # Fused kernels round differently, and Muon's step amplifies that once.
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+
+
+def test_compiling_on_a_cpu_is_refused_with_the_reason(pretrain_config):
+    with pytest.raises(UserError, match=r"train\.compile is for GPUs: on a CPU every batch has other sizes"):
+        pretrain.run(pretrain_config(compile=True))

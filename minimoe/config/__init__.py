@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from minimoe.config.data import DataConfig as DataConfig
 from minimoe.config.data import SourceConfig as SourceConfig
@@ -50,6 +50,9 @@ class TrainingRun(Section):
     output_dir: OutputDir = Field(description="folder of the run")
     seed: Seed = Field(0, description="seed of new weights, data order and split")
     data: DataConfig
+    chat_template: str | None = Field(
+        None, description="for the tokenizer: chatml, or the path of a Jinja template; null: the one it has"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
@@ -67,21 +70,37 @@ class TrainingRun(Section):
 
 
 class PretrainRun(TrainingRun):
-    """`minimoe pretrain`: train a model from scratch."""
+    """`minimoe pretrain`: train a model from scratch, or go on with one."""
 
     stage: ClassVar[Stage] = "pretrain"
 
-    tokenizer: str = Field(description="tokenizer folder or hub name")
-    model: dict[str, Any] = Field(description="architecture, the keys of MiniMoeConfig")
+    tokenizer: str | None = Field(None, description="tokenizer folder or hub name")
+    model: dict[str, Any] | None = Field(None, description="architecture of a new model, the keys of MiniMoeConfig")
+    init_from: str | None = Field(None, description="model folder to continue from, instead of tokenizer and model")
 
     @property
     def tokenizer_source(self) -> str:
-        """The tokenizer is given by itself."""
-        return self.tokenizer
+        """The tokenizer is given by itself, or is that of the model to continue from."""
+        return self.tokenizer or self.init_from or ""
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> PretrainRun:
+        missing = [name for name in ("tokenizer", "model") if getattr(self, name) is None]
+        if self.init_from is None and missing:
+            raise ValueError(
+                f"{' and '.join(missing)}: required, but missing (or give init_from, a model to continue from)"
+            )
+        if self.init_from is not None and len(missing) < 2:
+            raise ValueError(
+                "init_from: architecture and tokenizer come from that model; leave out tokenizer and model"
+            )
+        return self
 
     @field_validator("model")
     @classmethod
-    def _architecture(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _architecture(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
         # Imported here: the architecture's rules need transformers, and most configs are read without it.
         from minimoe.model.config import architecture_problems, num_parameters
 

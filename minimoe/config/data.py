@@ -15,7 +15,7 @@ class SourceConfig(Section):
     path: str | None = Field(None, description="file, folder or glob of txt, jsonl, json, csv, tsv, parquet or arrow")
     hub: str | None = Field(None, description="Hugging Face hub dataset name, e.g. roneneldan/TinyStories")
     subset: str | None = Field(None, description="hub dataset configuration name")
-    split: str = Field("train", description="split of a hub dataset, or of a folder of save_to_disk")
+    split: str = Field("train", description="hub dataset split")
     streaming: bool = Field(False, description="stream the hub dataset instead of downloading it whole")
     format: str = Field("auto", description="row format, see minimoe/data/formats.py; auto looks at the columns")
     text_column: str = Field("text", description="column that holds the text, for the text format")
@@ -44,7 +44,7 @@ class DataConfig(Section):
     on_bad_rows: Literal["error", "skip"] = Field("error", description="malformed rows: stop, or skip and count")
     num_processes: int | None = Field(None, ge=1, le=1024, description="tokenisation processes; null: one per core")
     cache_dir: Folder | None = Field(
-        None, description="folder of tokenised shards; null: $XDG_CACHE_HOME/minimoe, else ~/.cache/minimoe"
+        None, description="folder of tokenised data; null: minimoe in XDG_CACHE_HOME or ~/.cache"
     )
 
     @field_validator("train", "validation", mode="before")

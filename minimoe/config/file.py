@@ -44,7 +44,7 @@ def load_config(kind: type[Config], path: str | Path | None, overrides: Sequence
     for note in _drop_what_is_replaced(values, given):
         _say(f"{note} ({path})")
     if kind is TrainingRun:
-        stages: Any = TRAINING_RUNS.values()
+        stages: Any = reversed(TRAINING_RUNS.values())  # what could be either is no pretraining: that has a model
         kind = max(stages, key=lambda stage: len(values.keys() & stage.model_fields.keys()))
     try:
         return kind.model_validate(values)
@@ -101,6 +101,10 @@ def _drop_what_is_replaced(values: dict[str, Any], given: set[str]) -> Iterator[
             "data.validation is left out, as data.train is another: a share of the new documents is held out instead, "
             "see data.validation_fraction"
         )
+    for key in ("tokenizer", "model"):
+        if "init_from" in given and values.get(key) is not None and not _touched(key, given):
+            del values[key]
+            yield f"{key} is left out, as it comes from init_from"
     if "optimizer.name" in given:
         for rate in ("lr", "adamw_lr"):
             if rate in optimizer and f"optimizer.{rate}" not in given:

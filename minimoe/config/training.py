@@ -100,7 +100,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: the fastest one present")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward to save memory")
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool = Field(False, description="torch.compile the model, on a GPU")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.jsonl")
     eval_every: int = Field(200, ge=1, description="steps between validations")
     sample_every: int | None = Field(None, ge=1, description="steps between generated samples; null: never")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from minimoe.data.rows import BadRow, Row
-from minimoe.errors import UserError, shorten
+from minimoe.errors import UserError
 
-SPLITS = "dataset_dict.json"  # what `save_to_disk` puts into the folder of a `DatasetDict`
+_SPLITS = "dataset_dict.json"  # what `save_to_disk` puts into the folder of a `DatasetDict`
 _STATE, _INFO = "state.json", "dataset_info.json"  # and into that of a `Dataset`
 
 
@@ -44,22 +44,19 @@ def read_arrow(path: Path) -> Iterator[Row | BadRow]:
         raise UserError(f"cannot read {path}: {error}", fix="check that it is an arrow file") from None
 
 
-def split_folder(folder: Path, split: str) -> Path:
-    """The folder itself; or its split's, where `save_to_disk` of a `DatasetDict` made it.
+def refuse_splits(files: list[Path]) -> None:
+    """Refuse a folder of several splits, as `save_to_disk` of a `DatasetDict` makes it: some are not for training.
 
     Raises:
-        UserError: it has no such split.
+        UserError: its description is among the files.
     """
-    if not (folder / SPLITS).is_file():
-        return folder
-    splits = _read(folder / SPLITS).get("splits")
-    if not isinstance(splits, list) or split not in splits or not (folder / split).is_dir():
-        has = ", ".join(map(str, splits)) if isinstance(splits, list) else shorten(splits)
-        raise UserError(
-            f"the dataset in {folder} has no split {split!r}; it has {has}",
-            fix="give the folder of the split as the path, or its name as the source's split",
-        )
-    return folder / split
+    for file in files:
+        splits = _read(file).get("splits") if file.name == _SPLITS else None
+        if isinstance(splits, list) and splits:
+            raise UserError(
+                f"{file.parent} holds the splits {', '.join(map(str, splits))}",
+                fix=f"name the folder of one, e.g. {file.parent / str(splits[0])}",
+            )
 
 
 def saved_files(folder: Path) -> list[Path] | None:

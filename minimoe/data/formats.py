@@ -163,14 +163,15 @@ def to_document(row: Row, source: SourceConfig, ignored: Counter[str] | None = N
     if source.text_column != "text" and source.text_column in values:
         values = {**values, "text": values[source.text_column]}
         del values[source.text_column]
-    name = source.format if source.format != "auto" else detect_format(values)
+    filled = [column for column in values if values[column] not in NOTHING]
+    name = source.format if source.format != "auto" else detect_format(filled) or detect_format(values)
     keys: set[str] = set()
     try:
         if name is None:
             raise BadRow(f"columns {sorted(values)} fit no format ({', '.join(FORMATS)}); is text_column missing?")
         if name == "text" and source.text_column != "text" and source.text_column not in row.values:
             raise BadRow(f"text_column {source.text_column} is missing or null; columns are {sorted(values)}")
-        others = [column for column in values if column not in FORMATS[name].columns and values[column] not in NOTHING]
+        others = [column for column in filled if column not in FORMATS[name].columns]
         for column in others:
             if column in _MATTERS:
                 raise BadRow(f"format {name} has no {column}, which is {shorten(values[column])}; remove the column")

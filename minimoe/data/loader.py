@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -153,8 +153,8 @@ class Data:
     train: Batches
     validation: Validation | None
     counts: Mapping[str, int]  # of the training sources, see shards.Corpus, and train_ and validation_documents
-    ignored: Mapping[str, int]  # likewise: rows with a column that their format does not read
     fingerprint: str  # of everything that decides the batches, but the seed
+    ignored: Mapping[str, int] = field(default_factory=dict)  # rows with a column that their format does not read
 
 
 def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage, seed: int) -> Data:

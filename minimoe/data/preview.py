@@ -16,7 +16,7 @@ from minimoe.config import TrainingRun
 from minimoe.data.formats import list_ignored
 from minimoe.data.loader import open_data
 from minimoe.model.losses import IGNORE_INDEX
-from minimoe.tokenizer import load_tokenizer
+from minimoe.tokenizer import load_tokenizer, set_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
     """Print the first `count` training rows of a run and their share of learned tokens."""
     console = console or Console()
     tokenizer = load_tokenizer(config.tokenizer_source)
+    set_chat_template(tokenizer, config.chat_template)
     data = open_data(config.data, tokenizer, config.stage, config.seed)
     loader = data.train
     count = min(count, loader.rows_per_epoch)

@@ -7,8 +7,8 @@ A shard is a folder `cache_dir/<fingerprint>/` with
     num_bytes.bin  int64, N: UTF-8 bytes of the text that is predicted, the denominator of bits per byte
     meta.json      counts, dtype and file sizes
 It is built in a temporary folder and renamed, under a lock, so a killed run leaves nothing that looks
-finished, and the processes of one run tokenise once. What it does leave is removed by the next one. Memory stays
-bounded: documents are read, encoded and written in chunks.
+finished and the processes of one run tokenise once. Memory stays bounded: documents are read, encoded and
+written in chunks.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from minimoe.cache_folder import cache_folder
 from minimoe.config import DataConfig, SourceConfig, Stage
 from minimoe.data import sources
 from minimoe.data.encode import Chunk, encode_all, num_characters
 from minimoe.data.formats import Counts, read_documents
 from minimoe.errors import StorageError, UserError
+from minimoe.user_cache import user_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 _VERSION = 2  # raise it when the same input gives other shards
 CHUNK_CHARACTERS = 1 << 20
 _CHECK_TOKENS = 1 << 24
-_BUILDING = ".building-"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Corpus:
     num_bytes: np.ndarray  # (N,) int64
     fingerprint: str
     counts: dict[str, int]  # documents, tokens, bytes, truncated, dropped, bad_rows, empty_rows
-    ignored: dict[str, int]  # rows with a column that the format does not read
+    ignored: dict[str, int] = field(default_factory=dict)  # rows with a column that the format does not read
 
     @property
     def num_documents(self) -> int:
@@ -65,39 +65,37 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
     Raises:
         UserError: bad rows, no usable row, a format the stage cannot take, token ids outside the vocabulary.
     """
-    from filelock import FileLock
-
     fingerprint = _fingerprint(source, data, tokenizer, stage)
-    cache = Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else cache_folder()
-    folder = cache / fingerprint
+    cache = Path("the cache")
     try:
+        cache = Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else user_cache()
+        folder = cache / fingerprint
         cache.mkdir(parents=True, exist_ok=True)
-        _sweep(cache)
         (cache / f"{fingerprint}.lock").touch()  # the lock itself would wait for a folder that can be written
         with FileLock(cache / f"{fingerprint}.lock"):
             if not _complete(folder):
+                _sweep(cache, fingerprint)
                 shutil.rmtree(folder, ignore_errors=True)
-                temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint}{_BUILDING}", dir=cache))
+                temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint}.building-", dir=cache))
                 try:
                     _build(temporary, source, data, tokenizer, stage)
                     temporary.rename(folder)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        place = "data.cache_dir" if data.cache_dir else "XDG_CACHE_HOME"
-        fix = f"free disk space, or set {place} to a folder that can be written"
+        setting = "data.cache_dir" if data.cache_dir else "XDG_CACHE_HOME"
+        fix = f"free disk space, or set {setting} to a folder that can be written"
         raise StorageError(f"cannot write tokenised data: {error}", where=str(cache), fix=fix) from None
     return _open(folder, fingerprint, len(tokenizer))
 
 
-def _sweep(cache: Path) -> None:
-    """Remove what a killed process was building: nobody holds the lock of these shards now."""
-    from filelock import FileLock, Timeout
-
-    for folder in cache.glob(f"*{_BUILDING}*"):
-        lock = FileLock(cache / f"{folder.name.partition(_BUILDING)[0]}.lock", timeout=0)
-        with suppress(Timeout), lock:
-            shutil.rmtree(folder, ignore_errors=True)
+def _sweep(cache: Path, held: str) -> None:
+    """Delete what killed processes were building: nobody has the lock of it, or we do."""
+    for left in cache.glob("*.building-*"):
+        fingerprint = left.name.partition(".")[0]
+        lock = FileLock(cache / f"{fingerprint}.lock", timeout=0)
+        with suppress(Timeout), nullcontext() if fingerprint == held else lock:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> str:

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from minimoe.config import SourceConfig
-from minimoe.data.arrow_files import SPLITS, read_arrow, read_parquet, saved_files, split_folder, without_nulls
+from minimoe.data.arrow_files import read_arrow, read_parquet, refuse_splits, saved_files, without_nulls
 from minimoe.data.rows import BadRow, Row
 from minimoe.data.text_files import COMPRESSED, read_json, read_table, read_txt
 from minimoe.errors import UserError
+from minimoe.hub import reachable
 
 MAX_ENTRIES = 100_000  # of a folder: a second's search, where the whole disk was named by mistake
 
@@ -57,7 +58,7 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
     if source.path is None:
         yield from _read_hub(source)
         return
-    for path in list_files(source.path, source.split):
+    for path in list_files(source.path):
         try:
             for row in READERS[_suffix(path)](path):
                 if isinstance(row, Row) and _suffix(path) == ".txt":
@@ -67,12 +68,8 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
             raise UserError(f"cannot read {path}: {error}", fix="check the file's permissions and contents") from None
 
 
-def list_files(path: str, split: str = "train") -> list[Path]:
-    """The data files at a file, folder (searched through, hidden files left out) or glob.
-
-    Args:
-        split: which part of a folder to take that `save_to_disk` of a `DatasetDict` made.
-    """
+def list_files(path: str) -> list[Path]:
+    """The data files at a file, folder (searched through, hidden files left out) or glob."""
     root = Path(os.path.expanduser(path))
     try:
         if root.is_file():
@@ -80,7 +77,6 @@ def list_files(path: str, split: str = "train") -> list[Path]:
                 raise UserError(f"unknown kind of data file: {root}", fix=f"known are {_KINDS}")
             return [root]
         is_folder = root.is_dir()
-        root = split_folder(root, split)
         walk = root.rglob("*") if is_folder else map(Path, glob.iglob(str(root), recursive=True))
         found = list(islice(walk, MAX_ENTRIES + 1))
         if len(found) > MAX_ENTRIES:
@@ -93,8 +89,7 @@ def list_files(path: str, split: str = "train") -> list[Path]:
         if is_folder:
             found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
         files = sorted(file for file in found if file.is_file() and _suffix(file) in READERS)
-        if several := [file.parent for file in files if file.name == SPLITS]:
-            raise UserError(f"{several[0]} holds a dataset of several splits", fix="give the folder of one as the path")
+        refuse_splits(files)
         saved = {folder: saved_files(folder) for folder in {file.parent for file in files}}
         files = [file for file in files if (names := saved[file.parent]) is None or file in names]
     except OSError as error:
@@ -108,7 +103,7 @@ def list_files(path: str, split: str = "train") -> list[Path]:
 
 def total_bytes(source: SourceConfig) -> int | None:
     """Bytes of the source's files, for a progress bar; None for a hub dataset."""
-    return None if source.path is None else sum(file.stat().st_size for file in list_files(source.path, source.split))
+    return None if source.path is None else sum(file.stat().st_size for file in list_files(source.path))
 
 
 def fingerprint(source: SourceConfig) -> str:
@@ -123,7 +118,7 @@ def fingerprint(source: SourceConfig) -> str:
         version = _hub_commit(source) if source.streaming else _load_hub(source)._fingerprint
         digest.update(f"{describe(source)}\0{version}".encode())
         return digest.hexdigest()
-    for path in list_files(source.path, source.split):
+    for path in list_files(source.path):
         digest.update(f"{_suffix(path)}\0".encode())
         try:
             with path.open("rb") as file:
@@ -145,6 +140,7 @@ def _suffix(path: Path) -> str:
 def _load_hub(source: SourceConfig) -> Any:
     import datasets
 
+    reachable("dataset", str(source.hub))
     try:
         return datasets.load_dataset(source.hub, name=source.subset, split=source.split, streaming=source.streaming)
     except Exception as error:  # a dozen kinds: unknown name, no network, unknown subset or split, gated

@@ -53,9 +53,11 @@ class Chat:
             except KeyboardInterrupt:
                 dim(f"\n{HELP}")
                 continue
-            if line == "/exit":
+            if not _is_text(line):
+                dim("this line is not valid UTF-8, and was not sent; set the terminal or the file to UTF-8")
+            elif line == "/exit":
                 return
-            if line == "/reset":
+            elif line == "/reset":
                 self.reset()
                 dim("conversation forgotten")
             elif line.startswith("/"):
@@ -115,3 +117,12 @@ class Chat:
             turns = "turn" if dropped == 1 else f"{dropped} turns"
             dim(f"the context of {context} tokens is full: the oldest {turns} dropped")
         return conversation
+
+
+def _is_text(line: str) -> bool:
+    """Whether the line's bytes were text; others are lone surrogates now."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -69,6 +69,7 @@ class TopKRouter(nn.Module):
         load = counts.to(torch.float32)
         bias = self.get_buffer("e_score_correction_bias")
         bias += rate * torch.sign(load.mean() - load)
+        bias -= bias.mean()  # what all have in common changes no choice, and would drift
 
 
 @accelerated

@@ -103,7 +103,7 @@ def fit(
         UserError: the config contradicts machine, model or data; `output_dir` is in use or holds a run; or the run to
             resume is another one: other data, architecture, batches or optimizer.
     """
-    check_run(config, model, tokenizer, accelerator.num_processes)
+    check_run(config, model, tokenizer, accelerator.device.type, accelerator.num_processes)
     with (
         run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process) as status,
         StopRequest(status.aborted) as stop,

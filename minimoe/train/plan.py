@@ -62,6 +62,8 @@ def print_plan(run: Run) -> None:
     if data.ignored:
         rows["ignored columns"] = list_ignored(data.ignored)
     doubts = config.optimizer.doubts()
+    if not run.tokenizer.chat_template:
+        doubts.append("the tokenizer has no chat template, which SFT needs: see chat_template, before this is trained")
     if architecture.num_moe_layers and architecture.num_experts_per_tok == 1 and architecture.norm_topk_prob:
         doubts.append(
             "model.norm_topk_prob makes the weight of one expert per token always 1: "

@@ -26,14 +26,19 @@ def check_vocab_size(vocab_size: int, tokenizer: Any, tokenizer_source: str) -> 
         )
 
 
-def check_run(config: TrainingRun, model: Any, tokenizer: Any, num_processes: int) -> None:
+def check_run(config: TrainingRun, model: Any, tokenizer: Any, device: str, num_processes: int) -> None:
     """What can be seen before the data is prepared.
 
     Raises:
-        UserError: fewer rows than processes, rows longer than the model's positions, or a sample prompt that cannot be
-            answered.
+        UserError: compiling on a CPU, fewer rows than processes, rows longer than the model's positions, or a sample
+            prompt that cannot be answered.
     """
     train, limit = config.train, model.config.max_position_embeddings
+    if train.compile and device == "cpu":
+        raise UserError(
+            "train.compile is for GPUs: on a CPU every batch has other sizes, for which torch compiles half a minute",
+            fix="leave it out; the forms in minimoe/ops are the fast ones there",
+        )
     if train.batch_size < num_processes:
         raise UserError(
             f"train.batch_size {train.batch_size} is less than one row for each of the {num_processes} processes",

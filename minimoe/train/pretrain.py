@@ -1,4 +1,4 @@
-"""`minimoe pretrain`: a model from scratch on plain text."""
+"""`minimoe pretrain`: a model from scratch on plain text, or one that is there already on more."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import GenerationConfig
 
 from minimoe.config import PretrainRun
 from minimoe.data.loader import open_data
+from minimoe.loading import load_minimoe
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
-from minimoe.tokenizer import boundary_id, load_tokenizer
+from minimoe.tokenizer import boundary_id, load_tokenizer, set_chat_template
 from minimoe.train.loop import fit
 from minimoe.train.objectives import next_token
 from minimoe.train.parallel import make_accelerator
@@ -23,9 +24,16 @@ from minimoe.train.preflight import check_vocab_size
 def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as the config says; returns the folder of the final model."""
     accelerator = make_accelerator(config.train)
-    tokenizer = load_tokenizer(config.tokenizer)
-    torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer)
+    model: Any
+    if config.init_from is not None:
+        model, tokenizer = load_minimoe(config.init_from, device="cpu")
+        set_chat_template(tokenizer, config.chat_template)
+        torch.manual_seed(config.seed)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer_source)
+        set_chat_template(tokenizer, config.chat_template)
+        torch.manual_seed(config.seed)
+        model = build_model(config, tokenizer)
     data = partial(open_data, config.data, tokenizer, config.stage, config.seed)
     return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
 
@@ -43,8 +51,8 @@ def build_model(config: PretrainRun, tokenizer: Any) -> MiniMoeForCausalLM:
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-    } | config.model
-    check_vocab_size(architecture["vocab_size"], tokenizer, config.tokenizer)
+    } | (config.model or {})
+    check_vocab_size(architecture["vocab_size"], tokenizer, config.tokenizer_source)
     model = MiniMoeForCausalLM(MiniMoeConfig(**architecture))
     # Either ends a text: the end of a document, or the end of a chat turn.
     ends = {boundary_id(tokenizer), tokenizer.eos_token_id} - {None}

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
+from minimoe.bpe import train_bpe
 from minimoe.config import TokenizerRun
 from minimoe.data.formats import Counts, document_texts, list_ignored, read_documents
 from minimoe.errors import UserError
-from minimoe.tokenizer import encode_texts, train_bpe
+from minimoe.tokenizer import encode_texts
 
 _SAMPLE_BYTES = 1_000_000  # text on which bytes per token is measured
 _WRITTEN = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minimoe.bpe import train_bpe
 from minimoe.config import GenerationSection, WeightsName
 from minimoe.generation.engine import Engine
-from minimoe.tokenizer import encode_text, train_bpe
+from minimoe.tokenizer import encode_text
 from scripts.benchmark.measure import Run, median_seconds, peak_bytes, reset_peak, resident_bytes, timed
 from scripts.benchmark.models import build_model
 from scripts.benchmark.shapes import Shape

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from minimoe.bpe import train_bpe
 from minimoe.config import DataConfig, SourceConfig
 from minimoe.data.loader import open_data
-from minimoe.tokenizer import train_bpe
 from scripts.benchmark.measure import Run, median_seconds
 from scripts.benchmark.training import DTYPES, float32_by_onednn
 

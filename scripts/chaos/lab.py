@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from minimoe.tokenizer import train_bpe
+from minimoe.bpe import train_bpe
 from minimoe.train import checkpoint
 from minimoe.train.metrics import CLOCK_FIELDS
 from scripts.chaos.processes import minimoe_command, start, wait

@@ -50,8 +50,8 @@ def make_workspace(root: Path) -> Path:
     import torch
 
     from minimoe import MiniMoeConfig, MiniMoeForCausalLM
+    from minimoe.bpe import train_bpe
     from minimoe.loading import quiet_transformers
-    from minimoe.tokenizer import train_bpe
 
     tokenizer = train_bpe(iter([GOOD_ROW["text"]] * 4), vocab_size=320)
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from minimoe.cache_folder import cache_folder
+from minimoe.user_cache import user_cache
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -72,7 +72,11 @@ def _function(name: str, dtype: torch.dtype) -> Callable[..., None]:
 
 @cache
 def _library() -> ctypes.CDLL | str:
-    return load(os.environ.get("CXX") or "c++", os.environ.get("MINIMOE_CXXFLAGS", ""), cache_folder())
+    try:
+        folder = user_cache()
+    except OSError as error:
+        return f"there is no folder to keep them in: {error}"
+    return load(os.environ.get("CXX") or "c++", os.environ.get("MINIMOE_CXXFLAGS", ""), folder)
 
 
 def load(compiler: str, flags: str, folder: Path) -> ctypes.CDLL | str:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 
-def cache_folder() -> Path:
+def user_cache() -> Path:
     """`$XDG_CACHE_HOME/minimoe`, else `~/.cache/minimoe`; a folder for temporary files where neither can be written.
 
     The folder exists.

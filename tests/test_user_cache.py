@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from minimoe.cache_folder import cache_folder
 from minimoe.config import DataConfig
 from minimoe.data.shards import prepare
+from minimoe.user_cache import user_cache
 
 
 @pytest.fixture
@@ -31,17 +31,17 @@ def no_home(home):
 
 
 def test_the_cache_is_in_the_home_or_where_xdg_cache_home_says(home, monkeypatch, tmp_path):
-    assert cache_folder() == home / ".cache" / "minimoe"
+    assert user_cache() == home / ".cache" / "minimoe"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "minimoe"
-    assert cache_folder().is_dir()
+    assert user_cache() == tmp_path / "xdg" / "minimoe"
+    assert user_cache().is_dir()
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the specification has ignored
-    assert cache_folder() == home / ".cache" / "minimoe"
+    assert user_cache() == home / ".cache" / "minimoe"
 
 
 def test_without_a_home_the_cache_is_in_the_temporary_folder_which_is_said_once(no_home, tmp_path, capsys):
-    folder = cache_folder()
-    assert folder == cache_folder() == tmp_path / "tmp" / f"minimoe-{os.getuid()}"
+    folder = user_cache()
+    assert folder == user_cache() == tmp_path / "tmp" / f"minimoe-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -60,7 +60,7 @@ def test_a_temporary_folder_that_somebody_else_can_write_to_is_not_used(no_home,
         taken.symlink_to(tmp_path / "elsewhere")
     else:
         taken.write_text("")
-    folder = cache_folder()
+    folder = user_cache()
     assert folder.parent == taken.parent
     assert folder != taken
     assert folder.stat().st_mode & 0o777 == 0o700
