@@ -60,7 +60,9 @@ def train(pretrain_config, tiny_tokenizer):
     """Train the made-up stage; the same folder each time."""
 
     def run(resume: bool = False, dropout: float = 0.0, **options) -> Path:
-        values = pretrain_config("weighted", max_steps=24, **options).model_dump(exclude={"model", "tokenizer", "init_from"})
+        values = pretrain_config("weighted", max_steps=24, **options).model_dump(
+            exclude={"model", "tokenizer", "init_from"}
+        )
         config = WeightedRun.model_validate(values)
         torch.manual_seed(1)
         model = MiniMoeForCausalLM(MiniMoeConfig(**MODEL, vocab_size=len(tiny_tokenizer), attention_dropout=dropout))
