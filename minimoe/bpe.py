@@ -4,7 +4,6 @@ pre-tokenizer by its hash) and all 256 bytes in the alphabet, so any UTF-8 text 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,6 @@ from minimoe.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, SPECIAL_TOKENS
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-LONGEST_WORD = 64  # characters that merges are learned from; few words of languages with spaces have as many
 
 # Qwen2's split regex, to the letter.
 SPLIT_REGEX = "|".join(
@@ -29,6 +26,9 @@ SPLIT_REGEX = "|".join(
         r"\s+",
     )
 )
+# Characters. Without spaces or commas (Chinese, DNA) a word is as long as its document, and learning merges from it
+# takes the square of its length. Words of other texts are shorter, so that nothing changes for them.
+LONGEST_WORD = 256
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -47,12 +47,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
 
     backend: Tokenizer = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(SPLIT_REGEX), behavior="isolated")
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces, to_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -60,7 +58,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         show_progress=False,
     )
-    backend.train_from_iterator((piece for text in texts for piece in _short_words(text)), trainer)
+    backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -70,16 +69,3 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerBase:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-# The split regex makes one word of letters, or of signs, that no space divides.
-_LONG_WORD = re.compile(rf"([^\W\d_]{{{LONGEST_WORD}}}|[^\w\s]{{{LONGEST_WORD}}})(?=[^\W\d_]|[^\w\s])")
-
-
-def _short_words(text: str) -> Iterator[str]:
-    """The text, cut within words so long that finding their merges takes minutes: text without spaces, DNA."""
-    start = 0
-    for match in _LONG_WORD.finditer(text):
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:]

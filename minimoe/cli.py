@@ -199,11 +199,18 @@ def chat_command(
 
 
 @app.command(
-    epilog="Example: minimoe evaluate runs/quickstart/pretrain/final --data data/quickstart/valid_stories.jsonl"
+    context_settings=OVERRIDES,
+    epilog="Example: minimoe evaluate runs/quickstart/pretrain/final --data data/quickstart/valid_stories.jsonl",
 )
 def evaluate(
     model_dir: ModelDir,
-    data: Annotated[str, typer.Option(help="file, folder or glob: txt, jsonl, json, parquet, csv")],
+    data: Annotated[
+        str, typer.Option(metavar="PATH", help="file, folder or glob: txt, jsonl, json, csv, tsv, parquet, arrow")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="how documents are read, as in a config, e.g. data.on_bad_rows=skip"),
+    ] = None,
     answers_only: Annotated[bool, typer.Option("--answers-only", help="score assistant turns only")] = False,
     sequence_length: Annotated[
         int | None, typer.Option(min=8, max=1 << 20, help="tokens of context; default: the model's, 1024 at most")
@@ -224,6 +231,7 @@ def evaluate(
         batch_size=batch_size,
         json_output=json_output,
         device=device,
+        overrides=overrides or (),
     )
 
 

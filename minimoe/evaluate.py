@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minimoe.config import DataConfig, SourceConfig
+from minimoe.config import EvaluateRun
+from minimoe.config.file import load_config
 from minimoe.data.loader import Validation, open_validation
 from minimoe.errors import UserError
 from minimoe.failpoints import failpoint
@@ -86,29 +87,28 @@ def evaluate_source(
     sequence_length: int | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    overrides: Sequence[str] = (),
 ) -> Evaluation:
     """Score a model folder on every document of a file, folder or glob.
 
     Args:
         answers_only: conversations count their assistant turns only, as in SFT, instead of the whole text.
         sequence_length: tokens of context; None is the model's, 1024 at most.
+        overrides: how documents are read, such as data.on_bad_rows=skip.
     """
+    words = [f"data.train={json.dumps(path, ensure_ascii=False)}", *overrides]
+    if sequence_length is not None:
+        words.append(f"data.sequence_length={sequence_length}")
+    data = load_config(EvaluateRun, None, words).data
     model, tokenizer = load_minimoe(model_dir, device)
     limit = model.config.max_position_embeddings
-    if sequence_length and sequence_length > limit:
+    if "sequence_length" not in data.model_fields_set:
+        data = data.model_copy(update={"sequence_length": min(limit, 1024)})
+    if data.sequence_length > limit:
         raise UserError(
-            f"--sequence-length {sequence_length} is more than the model's {limit} positions", where=model_dir
+            f"--sequence-length {data.sequence_length} is more than the model's {limit} positions", where=model_dir
         )
-    length = sequence_length or min(limit, 1024)
-    source = SourceConfig(path=path)
-    data = DataConfig(train=(source,), sequence_length=length)
-    try:
-        validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
-    except UserError as error:  # its options are not the keys of a config
-        fix = error.fix.replace(", or set data.on_bad_rows: skip", "").replace(
-            "data.sequence_length", "--sequence-length"
-        )
-        raise UserError(error.what, where=error.where, fix=fix) from None
+    validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
     return evaluate_model(model, validation, batch_size)
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from tiny import tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from minimoe.data import shards
 from minimoe.data.loader import open_validation
-from minimoe.errors import UserError
+from minimoe.errors import StorageError, UserError
 from minimoe.evaluate import Evaluation, evaluate_model, evaluate_source, run
 from minimoe.tokenizer import document_ids
 
@@ -65,6 +66,32 @@ def test_answers_only_counts_what_the_assistant_says(folder, write_jsonl, monkey
     whole = evaluate_source(str(folder[0]), str(path), device="cpu")
     assert answers.num_bytes == len("On the mat.")
     assert answers.num_tokens < whole.num_tokens
+    assert whole.num_bytes == len("Where?") + len("On the mat.")  # the chat's markup is nobody's text
+
+
+def test_how_documents_are_read_is_written_as_in_a_config(folder, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "Hi."}\nno row\n')
+    words = (str(folder[0]), str(path))
+    with pytest.raises(UserError, match="malformed JSON") as caught:
+        evaluate_source(*words, device="cpu", overrides=[f"data.cache_dir={tmp_path}"])
+    assert "data.on_bad_rows: skip" in caught.value.fix
+    skipping = [f"data.cache_dir={tmp_path}", "data.on_bad_rows=skip"]
+    assert evaluate_source(*words, device="cpu", overrides=skipping).num_bytes == len("Hi.")
+    with pytest.raises(UserError, match="every document is scored"):
+        evaluate_source(*words, device="cpu", overrides=["data.validation_fraction=0.1"])
+    with pytest.raises(UserError, match=r"data.sequence_length is given twice"):
+        evaluate_source(*words, device="cpu", sequence_length=16, overrides=["data.sequence_length=8"])
+
+
+def test_a_cache_that_cannot_be_written_is_named_as_it_was_given(folder, write_jsonl, monkeypatch, tmp_path):
+    path = write_jsonl([{"text": "Hi."}])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    monkeypatch.setattr(shards, "encode_all", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    for overrides, name in (((), "XDG_CACHE_HOME"), ((f"data.cache_dir={tmp_path / 'full'}",), "data.cache_dir")):
+        with pytest.raises(StorageError, match="No space left") as caught:
+            evaluate_source(str(folder[0]), str(path), device="cpu", overrides=overrides)
+        assert f"set {name} to" in caught.value.fix
 
 
 def test_another_kind_of_model_is_refused(tmp_path, tiny_tokenizer, write_jsonl):

@@ -4,7 +4,7 @@ import pytest
 
 from minimoe.config import SourceConfig
 from minimoe.data.formats import FORMATS, BadRow, Counts, detect_format, read_documents, to_document
-from minimoe.data.sources import Row
+from minimoe.data.rows import Row
 from minimoe.errors import UserError
 
 USER = {"role": "user", "content": "q"}

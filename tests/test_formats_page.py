@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minimoe.chat_template import CHAT_TEMPLATE, render
 from minimoe.config import SourceConfig
 from minimoe.data.formats import FORMATS, BadRow, Counts, document_texts, to_document
-from minimoe.data.sources import Row
+from minimoe.data.rows import Row
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 CALL = {"name": "weather", "arguments": {"city": "Rome"}}

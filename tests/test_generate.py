@@ -107,7 +107,8 @@ def test_prompts_come_from_the_option_a_file_or_standard_input(tmp_path):
     ("name", "content", "message"),
     [
         ("p.txt", b"\n \n", "empty"),
-        ("p.txt", b"\xff\xfe\x00", "UTF-8"),
+        ("p.txt", "hi".encode("utf-16"), "convert it: iconv -f UTF-16 -t UTF-8"),
+        ("p.txt", b"caf\xe9", "iconv -f ITS_ENCODING -t UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ', r"malformed JSON[\s\S]*p\.jsonl:2"),
         ("p.jsonl", b'{"text": "a"}\n', r"neither[\s\S]*p\.jsonl:1"),
         ("p.jsonl", b'{"prompt": 3}\n', "neither"),

@@ -12,7 +12,10 @@ import datasets
 import pytest
 
 from minimoe.config import SourceConfig
-from minimoe.data.sources import BadRow, Row, cut_text, fingerprint, list_files, read_rows
+from minimoe.data.formats import Counts, read_documents
+from minimoe.data.rows import BadRow, Row
+from minimoe.data.sources import fingerprint, list_files, read_rows
+from minimoe.data.text_files import cut_text
 from minimoe.errors import UserError
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
@@ -35,6 +38,8 @@ def write_parquet(path: Path, columns: dict) -> Path:
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    import pyarrow
+
     rows = [{"text": "the cat"}, {"text": 'a "quoted", line'}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "a.jsonl").write_text(lines)
@@ -43,10 +48,19 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "d.csv").write_text('text\nthe cat\n"a ""quoted"", line"\n')
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     write_parquet(tmp_path / "f.parquet", {"text": [row["text"] for row in rows]})
+    (tmp_path / "g.json").write_text(json.dumps(rows[0], indent=2) + "\n" + json.dumps(rows[1], indent=2))
+    (tmp_path / "h.jsonl").write_text(json.dumps(rows) + "\n")
+    (tmp_path / "i.tsv").write_text('text\nthe cat\n"a ""quoted"", line"\n')
+    with pyarrow.CompressedOutputStream(str(tmp_path / "j.jsonl.zst"), "zstd") as file:
+        file.write(lines.encode())
+    table = pyarrow.Table.from_pylist(rows)
+    for name, writer in (("k.arrow", pyarrow.ipc.new_stream), ("l.arrow", pyarrow.ipc.new_file)):
+        with writer(tmp_path / name, table.schema) as file:
+            file.write_table(table)
     for path in sorted(tmp_path.iterdir()):
         assert [row.values for row in rows_of(path)] == rows, path
-    assert texts_of(tmp_path) == ["the cat", 'a "quoted", line'] * 6
-    assert len(rows_of(tmp_path / "*.json")) == 4
+    assert texts_of(tmp_path) == ["the cat", 'a "quoted", line'] * 12
+    assert len(rows_of(tmp_path / "*.json")) == 6
 
 
 def test_rows_carry_their_file_and_line(tmp_path):
@@ -132,7 +146,10 @@ def test_a_line_of_ten_megabytes_is_tokenised_in_bounded_memory(tmp_path, tiny_t
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n{"text": "b"}\n', "malformed JSON", 2),
         ("a.jsonl", b'{"text": "a"}\n[1, 2]\n{"text": "b"}\n', "expected a JSON object, not list", 2),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b'\n{"text": "b"}\n', "malformed JSON", 2),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"} {"text": "c"}\n{"text": "b"}\n', "more than one value", 2),
         ("a.csv", b"text\na\nb,c\nb\n", "more fields", 3),
+        ("a.csv", b"text\na\n\xe9\nb\n", "invalid UTF-8: byte 0xe9", 3),
+        ("a.tsv", b'text\na\nb\n"c', "malformed TSV", 4),
         ("a.csv", b'text\na\nb\n"c', "malformed CSV", 4),
         ("a.txt", b"a\n\xffb\nc\n", "invalid UTF-8", 2),
     ],
@@ -157,6 +174,8 @@ def test_a_bad_row_names_its_line_and_the_others_are_read(tmp_path, name, conten
         (lambda folder: folder / "a.parquet.x", "unknown kind"),
         (lambda folder: folder / "deep" / "bad.parquet", "cannot read"),
         (lambda folder: folder / "deep" / "bad.jsonl.gz", "cannot read"),
+        (lambda folder: folder / "deep" / "bad.jsonl.zst", "cannot read"),
+        (lambda folder: folder / "deep" / "bad.arrow", "cannot read"),
     ],
 )
 def test_an_unusable_path_is_a_user_error(tmp_path, make, message):
@@ -249,48 +268,90 @@ def test_nulls_that_arrow_adds_to_objects_are_not_the_rows(tmp_path):
     assert read[2]["messages"][0]["tool_calls"][0]["arguments"] == {"text": "t"}
 
 
-ROWS = [{"text": "a"}, {"text": "b\nc"}]
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_that_is_read_whole_and_broken_is_named_with_its_line(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{\n  "text": "a"\n}\n{\n  "text": b\n}\n')
+    with pytest.raises(UserError, match="malformed JSON: Expecting value at column 11") as caught:
+        rows_of(path)
+    assert caught.value.where == f"{path}:5"
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_unicode_encoding_is_refused_with_what_converts_it(tmp_path, codec):
+    lines = '{"text": "Once upon a time"}\n{"text": "the cat"}\n'
+    (tmp_path / "a.jsonl").write_bytes(lines.encode(codec))
+    with pytest.raises(UserError, match="not UTF-8") as caught:
+        rows_of(tmp_path / "a.jsonl")
+    assert subprocess.run(caught.value.fix, shell=True, check=False).returncode == 0
+    assert (tmp_path / "a.utf8.jsonl").read_text(encoding="utf-8-sig") == lines
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", json.dumps(ROWS)),
-        ("a.jsonl", json.dumps(ROWS, indent=2)),
-        ("a.json", json.dumps(ROWS, indent=2)),
-        ("a.json", "\n".join(json.dumps(row, indent=2) for row in ROWS)),
-        ("a.jsonl", "\n".join(json.dumps(row, indent=2) for row in ROWS)),
-        ("a.tsv", 'id\ttext\n1\ta\n2\t"b\nc"\n'),
-    ],
+    ("codec", "text"), [("cp1252", "ein gr\xfcner Fr\xfchling"), ("gb18030", "\u4f60\u597d\uff0c\u4e16\u754c")]
 )
-def test_json_broken_over_lines_and_lists_under_either_name_are_read(tmp_path, name, content):
-    (tmp_path / name).write_text(content)
-    assert texts_of(tmp_path / name) == ["a", "b\nc"]
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.json", "a.txt.gz"])
+def test_any_other_encoding_is_guessed_with_what_converts_it(tmp_path, data_config, codec, text, name):
+    content = {"csv": f"text\n{text}\n", "jsonl": f'{{"text": "{text}"}}\n', "json": f'[{{"text": "{text}"}}]'}
+    raw = content.get(name.split(".")[1], text).encode(codec)
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    with pytest.raises(UserError, match="invalid UTF-8") as caught:
+        list(read_documents(SourceConfig(path=str(tmp_path / name)), data_config("x"), Counts()))
+    command = caught.value.fix.partition("convert it: ")[2]
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
+    assert text in (tmp_path / name.replace(".", ".utf8.", 1).removesuffix(".gz")).read_text(encoding="utf-8")
 
 
-def test_arrow_and_zstandard_files_and_saved_datasets_are_read(tmp_path):
+ROWS = [{"text": "a", "more": {"x": 1}}, {"text": "b", "more": "y"}, {"text": "c", "more": {"z": None}}]
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """What `save_to_disk` makes of two splits, with a cache of `map` beside the data."""
+    import datasets
+
+    train, test = (datasets.Dataset.from_list(rows, on_mixed_types="use_json") for rows in (ROWS, ROWS[:1]))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(
+        tmp_path / "saved", num_shards={"train": 2, "test": 1}
+    )
+    (tmp_path / "saved" / "train" / "cache-0123.arrow").write_bytes(b"what map left")
+    return tmp_path / "saved"
+
+
+def test_a_saved_dataset_gives_the_rows_of_its_split(saved):
+    assert [row.values for row in rows_of(saved / "train")] == ROWS
+    assert [row.values for row in rows_of(saved / "train" / "*")] == ROWS
+    assert [row.values for row in rows_of(saved / "test")] == ROWS[:1]
+    for several in (saved, saved.parent, saved / "*"):
+        with pytest.raises(UserError, match="holds the splits train, test"):
+            rows_of(several)
+
+
+def test_a_saved_dataset_without_one_of_its_files_is_refused(saved):
+    (saved / "train" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(UserError, match=r"data-00001-of-00002\.arrow is missing"):
+        rows_of(saved / "train")
+
+
+def test_json_files_that_are_called_like_those_of_a_saved_dataset_are_data(tmp_path):
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text('{"text": "Ohio"}')
+    assert texts_of(tmp_path) == ["Ohio", "Ohio"]
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.jsonl.zst"])
+def test_a_file_that_was_cut_is_refused(tmp_path, name):
     import pyarrow
 
-    with pyarrow.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
-    assert texts_of(tmp_path / "a.jsonl.zst") == ["a", "b\nc"]
-    saved = datasets.Dataset.from_list(ROWS)
-    saved.save_to_disk(tmp_path / "saved")
-    assert texts_of(tmp_path / "saved") == ["a", "b\nc"]
-    table = pyarrow.Table.from_pylist(ROWS)
-    with pyarrow.ipc.new_file(tmp_path / "b.arrow", table.schema) as writer:
-        writer.write(table)
-    assert texts_of(tmp_path / "b.arrow") == ["a", "b\nc"]
-    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(UserError, match="holds the splits test, train"):
-        texts_of(tmp_path / "splits")
-
-
-def test_another_encoding_is_named_with_what_to_do(tmp_path):
-    (tmp_path / "a.txt").write_text("Zażółć", encoding="utf-16")
-    with pytest.raises(UserError, match="is UTF-16, and UTF-8 is needed") as refused:
-        texts_of(tmp_path / "a.txt")
-    assert refused.value.fix == "iconv -f UTF-16 -t UTF-8 a.txt > utf8-a.txt"
-    (tmp_path / "b.txt").write_text("café", encoding="latin-1")
-    (bad,) = read_rows(SourceConfig(path=str(tmp_path / "b.txt")))
-    assert "iconv -f ENCODING -t UTF-8" in bad.what
+    path = tmp_path / name
+    table = pyarrow.table({"text": [f"number {i}" for i in range(1000)]})
+    if name.endswith("arrow"):
+        with pyarrow.ipc.new_stream(path, table.schema) as file:
+            file.write_table(table)
+    else:
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+            file.write("".join(f'{{"text": "number {i}"}}\n' for i in range(1000)).encode())
+    assert len(rows_of(path)) == 1000
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(UserError, match="cannot read"):
+        rows_of(path)

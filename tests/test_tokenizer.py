@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import json
 import random
-import re
 import unicodedata
 from pathlib import Path
 
@@ -65,6 +65,41 @@ def test_the_split_regex_is_qwen2s():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     assert bpe.SPLIT_REGEX == PRETOKENIZE_REGEX
+
+
+def test_words_of_ordinary_texts_are_learned_from_whole():
+    """The tokenizer is what `tokenizers` makes of the documents with Qwen2's split and nothing more."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].glob("docs/*.md"))]
+    reference = Tokenizer(models.BPE())
+    reference.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(bpe.SPLIT_REGEX), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    reference.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    reference.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        initial_alphabet=byte_level.alphabet(),
+        special_tokens=list(tok.SPECIAL_TOKENS),
+        show_progress=False,
+    )
+    reference.train_from_iterator(texts, trainer)
+    own, expected = (
+        json.loads(text) for text in (bpe.train_bpe(iter(texts), 2000)._tokenizer.to_str(), reference.to_str())
+    )
+    for part in ("normalizer", "pre_tokenizer", "decoder", "model"):
+        assert own[part] == expected[part], part
+
+
+def test_a_text_without_spaces_is_learned_from_in_pieces_and_encoded_whole():
+    """Learning from a word takes the square of its length."""
+    tokenizer = bpe.train_bpe(iter(["a" * 3000]), 300)
+    longest = max(len(token) for token in tokenizer.get_vocab() if set(token) == {"a"})
+    assert longest == bpe.LONGEST_WORD
+    ids = tok.encode_text(tokenizer, "a" * 3000)
+    assert len(ids) < 3000 / longest + 10
+    assert tokenizer.decode(ids) == "a" * 3000
 
 
 def test_all_bytes_and_special_tokens_are_in_the_vocabulary(tiny_tokenizer):
@@ -263,14 +298,6 @@ def test_a_tokenizer_without_a_template_is_a_user_error(tiny_tokenizer_dir):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         tok.encode_prompt(tokenizer, [{"role": "user", "content": "Hi"}])
-
-
-def test_merges_are_learned_from_words_of_bounded_length_and_cutting_loses_nothing():
-    text = "ab cd " + "AC" * 100 + "GT, " + "世" * 70 + "?!" * 35 + " end"
-    pieces = list(bpe._short_words(text))
-    assert "".join(pieces) == text
-    assert all(len(word) <= bpe.LONGEST_WORD for piece in pieces for word in re.findall(r"[^\W\d_]+|[^\w\s]+", piece))
-    assert list(bpe._short_words("a text of words, as usual")) == ["a text of words, as usual"]
 
 
 def test_text_without_spaces_trains_as_fast_as_any_other_and_is_encoded_whole():

@@ -1,4 +1,4 @@
-"""The schema of one run: `TokenizerRun`, `PretrainRun`, `SftRun` or `GenerateRun`.
+"""The schema of one run: `TokenizerRun`, `PretrainRun`, `SftRun`, `GenerateRun` or `EvaluateRun`.
 
 Sections are pydantic models: frozen, strict about keys and types, every field with its unit and default, and the rules
 between fields beside them. Each has its file here; `file.py` reads them from YAML.
@@ -132,6 +132,20 @@ class GenerateRun(Section):
     """`minimoe generate --config`: decoding settings in a file."""
 
     generation: GenerationSection = GenerationSection()
+
+
+class EvaluateRun(Section):
+    """`minimoe evaluate`: how the documents to score are read."""
+
+    data: DataConfig
+
+    @field_validator("data")
+    @classmethod
+    def _all_of_it(cls, data: DataConfig) -> DataConfig:
+        given = data.model_fields_set & {"validation", "validation_fraction", "max_validation_documents"}
+        if given:
+            raise ValueError(f"{', '.join(sorted(given))}: every document is scored, none is held out")
+        return data
 
 
 def _physical_memory() -> float:

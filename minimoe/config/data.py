@@ -12,7 +12,7 @@ from minimoe.config.section import Folder, Section
 class SourceConfig(Section):
     """Where documents come from: a local path or a hub dataset."""
 
-    path: str | None = Field(None, description="file, folder or glob of txt, jsonl, json, parquet or csv")
+    path: str | None = Field(None, description="file, folder or glob of txt, jsonl, json, csv, tsv, parquet or arrow")
     hub: str | None = Field(None, description="Hugging Face hub dataset name, e.g. roneneldan/TinyStories")
     subset: str | None = Field(None, description="hub dataset configuration name")
     split: str = Field("train", description="hub dataset split")

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 from minimoe.config import DataConfig, SourceConfig
 from minimoe.conversation import NOTHING, BadConversation, Message, conversation, either
-from minimoe.data.sources import BadRow, Row, cut_text, describe, read_rows
+from minimoe.data.rows import BadRow, Row
+from minimoe.data.sources import describe, read_rows
+from minimoe.data.text_files import cut_text
 from minimoe.errors import UserError, shorten, suggestion
 
 Document = str | list[Message]
@@ -134,7 +136,8 @@ def read_documents(source: SourceConfig, data: DataConfig, counts: Counts) -> It
             document = to_document(row, source, counts.ignored)
         except BadRow as bad:
             if data.on_bad_rows == "error":
-                raise UserError(bad.what, where=bad.place, fix="fix the row, or set data.on_bad_rows: skip") from None
+                fix = "fix the row, or set data.on_bad_rows: skip" + (f"; {bad.fix}" if bad.fix else "")
+                raise UserError(bad.what, where=bad.place, fix=fix) from None
             counts.bad_rows += 1
             continue
         pieces = cut_text(document) if isinstance(document, str) else [document]

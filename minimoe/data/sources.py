@@ -1,7 +1,12 @@
-"""Where rows come from: files, folders and globs of the kinds in `readers.py`, or a Hugging Face hub dataset.
+"""Where rows come from: local files (txt, jsonl, json, csv, tsv, parquet, arrow), or a Hugging Face hub dataset.
 
-`read_rows` yields rows one by one with their place, so that every later message can name the line. Problems with a
-whole source (missing path, unknown suffix) raise `UserError`.
+`read_rows` yields rows one by one with their place ("stories.jsonl:12"), so that every later message can name
+the line. Memory is bounded by the longest line or one batch of arrow; only a json file that is no object a line is read
+whole.
+
+A row that cannot be read (invalid UTF-8, malformed JSON) is yielded as a `BadRow` in its turn: the consumer
+decides whether to stop or to count it. Problems with a whole source (missing path, unknown suffix) raise
+`UserError`.
 """
 
 from __future__ import annotations
@@ -10,20 +15,30 @@ import glob
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minimoe.config import SourceConfig
-from minimoe.data.readers import MAX_TEXT_BYTES, READERS, kind_of, without_nulls
-from minimoe.data.readers import BadRow as BadRow
-from minimoe.data.readers import Row as Row
+from minimoe.data.arrow_files import read_arrow, read_parquet, refuse_splits, saved_files, without_nulls
+from minimoe.data.rows import BadRow, Row
+from minimoe.data.text_files import COMPRESSED, read_json, read_table, read_txt
 from minimoe.errors import UserError
 from minimoe.hub import reachable
 
-_OF_DATASETS = ("state.json", "dataset_info.json")  # beside the arrow files of `save_to_disk`
 MAX_ENTRIES = 100_000  # of a folder: a second's search, where the whole disk was named by mistake
+
+_TEXT: dict[str, Callable[[Path], Iterator[Row | BadRow]]] = {  # kinds that may be compressed
+    ".txt": read_txt,
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": partial(read_table, delimiter=","),
+    ".tsv": partial(read_table, delimiter="\t"),
+}
+READERS = _TEXT | {".parquet": read_parquet, ".arrow": read_arrow}
+_KINDS = f"{', '.join(sorted(READERS))}, and {' or '.join(COMPRESSED)} of the text kinds"
 
 
 def describe(source: SourceConfig) -> str:
@@ -45,8 +60,8 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
         return
     for path in list_files(source.path):
         try:
-            for row in READERS[kind_of(path)](path):
-                if isinstance(row, Row) and kind_of(path) == ".txt":
+            for row in READERS[_suffix(path)](path):
+                if isinstance(row, Row) and _suffix(path) == ".txt":
                     row = Row({source.text_column: row.values["text"]}, row.place)
                 yield row
         except (OSError, EOFError, zlib.error) as error:
@@ -55,13 +70,11 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
 
 def list_files(path: str) -> list[Path]:
     """The data files at a file, folder (searched through, hidden files left out) or glob."""
-    kinds = ", ".join(sorted(READERS))
     root = Path(os.path.expanduser(path))
     try:
         if root.is_file():
-            if kind_of(root) not in READERS:
-                fix = f"known are {kinds}, and .gz or .zst of the text kinds"
-                raise UserError(f"unknown kind of data file: {root}", fix=fix)
+            if _suffix(root) not in READERS:
+                raise UserError(f"unknown kind of data file: {root}", fix=f"known are {_KINDS}")
             return [root]
         is_folder = root.is_dir()
         walk = root.rglob("*") if is_folder else map(Path, glob.iglob(str(root), recursive=True))
@@ -74,22 +87,18 @@ def list_files(path: str) -> list[Path]:
                 fix="check data paths; relative ones start here: " + str(Path.cwd()),
             )
         if is_folder:
-            _refuse_splits(root)
             found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-            found = [file for file in found if file.name not in _OF_DATASETS]
-        files = sorted(file for file in found if file.is_file() and kind_of(file) in READERS)
+        files = sorted(file for file in found if file.is_file() and _suffix(file) in READERS)
+        refuse_splits(files)
+        saved = {folder: saved_files(folder) for folder in {file.parent for file in files}}
+        files = [file for file in files if (names := saved[file.parent]) is None or file in names]
     except OSError as error:
         raise UserError(f"cannot search {path}: {error.strerror}", fix="check the path and its permissions") from None
     if not files:
-        raise UserError(f"no data files in {path}", fix=f"known kinds are {kinds}, and .gz or .zst of the text kinds")
+        kinds = sorted({file.suffix for file in found if file.suffix and file.is_file()})[:5]
+        others = f", only {', '.join(kinds)}" if kinds else ""
+        raise UserError(f"no data files in {path}{others}", fix=f"known kinds are {_KINDS}")
     return files
-
-
-def _refuse_splits(root: Path) -> None:
-    """A folder of several splits, as `datasets` saves them, has documents that are not for training."""
-    if (root / "dataset_dict.json").is_file():
-        splits = sorted(path.name for path in root.iterdir() if path.is_dir())
-        raise UserError(f"{root} holds the splits {', '.join(splits)}", fix=f"name one, e.g. {root / splits[0]}")
 
 
 def total_bytes(source: SourceConfig) -> int | None:
@@ -110,7 +119,7 @@ def fingerprint(source: SourceConfig) -> str:
         digest.update(f"{describe(source)}\0{version}".encode())
         return digest.hexdigest()
     for path in list_files(source.path):
-        digest.update(f"{kind_of(path)}\0".encode())
+        digest.update(f"{_suffix(path)}\0".encode())
         try:
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
@@ -120,20 +129,12 @@ def fingerprint(source: SourceConfig) -> str:
     return digest.hexdigest()
 
 
-def cut_text(text: str, limit: int = MAX_TEXT_BYTES) -> Iterator[str]:
-    """Pieces of at most `limit` characters that join to `text`, cut after a line break, else a space."""
-    start = 0
-    while len(text) - start > limit:
-        end = start + limit
-        for separator in ("\n", " "):
-            found = text.rfind(separator, start, end)
-            if found >= start:
-                end = found + 1
-                break
-        yield text[start:end]
-        start = end
-    if start < len(text) or not text:
-        yield text[start:]
+def _suffix(path: Path) -> str:
+    """'.jsonl' for both a.jsonl and a.jsonl.gz; a compressed parquet file is not a known kind."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if len(suffixes) == 2 and suffixes[1] in COMPRESSED and suffixes[0] in _TEXT:
+        return suffixes[0]
+    return suffixes[-1] if suffixes else ""
 
 
 def _load_hub(source: SourceConfig) -> Any:

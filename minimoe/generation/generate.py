@@ -176,7 +176,7 @@ def _read_file(path: Path) -> list[Prompt]:
             text = _decode_text(file.read(MAX_BYTES + 1), str(path))
     except OSError as error:
         reason = "not found" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
-        raise UserError(f"prompt file {reason}: {path}", fix="give a .txt or .jsonl file") from None
+        raise UserError(f"prompt file {reason}: {path}", fix="give a .txt, .jsonl or .json file") from None
     if path.suffix.lower() == ".json":
         rows = _parse(text, str(path))
         rows = rows if isinstance(rows, list) else [rows]
@@ -220,4 +220,7 @@ def _decode_text(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text: byte {error.start}", where=where, fix="convert it to UTF-8") from None
+        encoding = "UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "ITS_ENCODING"
+        raise UserError(
+            f"not UTF-8 text: byte {error.start}", where=where, fix=f"convert it: iconv -f {encoding} -t UTF-8"
+        ) from None

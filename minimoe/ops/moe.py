@@ -323,32 +323,6 @@ def _suits_one_by_one(tokens: Tensor, expert_ids: Tensor, weights: Tensor, exper
     )
 
 
-# ---- the router's logits ----
-
-
-class _Float32Linear(torch.autograd.Function):
-    """`F.linear(tokens.float(), weight)` that keeps the tokens for backward as they are, not twice as large."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        return F.linear(tokens.float(), weight.float())
-
-    @staticmethod
-    @first_derivative
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, weight = ctx.saved_tensors
-        return (grad @ weight.float()).to(tokens.dtype), (grad.t() @ tokens.float()).to(weight.dtype)
-
-
-def _suits_router(tokens: Tensor, weight: Tensor) -> bool:
-    return ordinary(tokens, weight) and tokens.dtype != torch.float32
-
-
-FORMS["router_logits"] += [
-    Form("cpu", lambda *args: args[0].is_cpu and _suits_router(*args), _Float32Linear.apply),
-    Form("cuda", lambda *args: not args[0].is_cpu and _suits_router(*args), _Float32Linear.apply),
-]
 for path in ("replicated", "grouped"):
     FORMS[path] += [
         Form("cpu", _suits_one_by_one, _one_by_one),
