@@ -12,8 +12,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from minimoe.model.losses import (
     IGNORE_INDEX,
     expert_counts,
+    global_balancing_loss,
     hidden_loss,
     load_balancing_loss,
+    mean_probabilities,
     next_token_loss,
     router_z_loss,
 )
@@ -66,6 +68,18 @@ def test_the_sequence_wise_balance_loss_is_the_mean_of_each_sequences_own():
     each = [load_balancing_loss(p, i) for p, i in zip(probabilities.split(10), expert_ids.split(10), strict=True)]
     actual = load_balancing_loss(probabilities, expert_ids, batch_size=3)
     torch.testing.assert_close(actual, torch.stack(each).mean())
+
+
+def test_the_global_balance_loss_of_unequal_parts_adds_up_to_that_of_the_whole():
+    probabilities, mask = torch.randn(2, 30, 5).softmax(-1), torch.rand(30) > 0.3
+    expert_ids = probabilities.topk(2).indices
+    whole = torch.stack([load_balancing_loss(p, i, mask) for p, i in zip(probabilities, expert_ids, strict=True)]).mean()
+    counts = torch.stack([expert_counts(ids, 5, mask) for ids in expert_ids])
+    parts = 0.0
+    for part in (slice(0, 4), slice(4, 30)):
+        means = torch.stack([mean_probabilities(p[part], mask[part]) for p in probabilities])
+        parts += global_balancing_loss(means, counts, 2) * mask[part].sum() / mask.sum()
+    torch.testing.assert_close(parts, whole)
 
 
 def test_the_sequence_wise_balance_loss_sees_imbalance_that_cancels_over_the_batch():

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import relative_error, tiny_config
+from tiny import relative_error, tiny_config, tiny_model
 from tiny_runs import STORIES, rows, run_command, training_rows, weights, write_yaml
 
 from minimoe.config import PretrainRun, SourceConfig
-from minimoe.config.training import OptimizerConfig
+from minimoe.config.training import OptimizerConfig, TrainConfig
+from minimoe.data.loader import Batch
 from minimoe.errors import UserError
 from minimoe.evaluate import evaluate_model
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
 from minimoe.tokenizer import load_tokenizer
 from minimoe.train import loop, pretrain, sft
+from minimoe.train.objectives import next_token
 from minimoe.train.optim import update_selection_bias
+from minimoe.train.parallel import forward_backward, make_accelerator
 
 
 def test_the_real_commands_overfit_one_batch_and_say_it_back(
@@ -195,9 +198,37 @@ def test_accumulating_runs_follow_the_same_curve(pretrain_config):
     assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("balance", "exact"), [("batch", False), ("sequence", True), ("global", False)])
+def test_what_accumulation_changes_in_the_routers_terms(balance, exact):
+    """Gradients of whole rows whose padding and learned tokens are uneven, in one call and in micro-batches."""
+    router = {"router_aux_loss_type": balance, "router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1}
+    model = tiny_model(first_k_dense_replace=1, **router).train()
+    ids = torch.randint(0, 97, (6, 16))
+    real = torch.arange(16) < torch.tensor([[16], [3], [9], [16], [1], [12]])
+    learned = real & (torch.arange(16) >= torch.tensor([[0], [0], [7], [2], [0], [11]]))
+    positions = torch.arange(16).expand_as(ids)
+    batch = Batch(ids, ids.where(learned, IGNORE_INDEX), positions, real.long())
+    accelerator = make_accelerator(TrainConfig(max_steps=1, device="cpu", precision="fp32"))
+    found = {}
+    for rows in (6, 2, 1):
+        model.zero_grad()
+        terms, _ = forward_backward(model, batch, next_token, rows, accelerator)
+        found[rows] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, terms
+    (whole, terms), *others = found.values()
+    expected = model(**batch.model_inputs(), output_router_logits=True)
+    torch.testing.assert_close(terms["lm_loss"], expected.lm_loss)
+    torch.testing.assert_close(terms["load_balancing_loss"], expected.load_balancing_loss)
+    torch.testing.assert_close(terms["router_z_loss"], expected.router_z_loss)
+    for gradients, terms in others:
+        errors = {name: relative_error(gradients[name], whole[name]) for name in whole}
+        assert (max(errors.values()) < 1e-5) == exact, errors
+        torch.testing.assert_close(terms["router_z_loss"], expected.router_z_loss)
+
+
 def test_two_processes_train_like_one_and_an_idle_expert_does_not_hang_them(tmp_path, pretrain_config):
     """20 steps on gloo; expert 0 is kept idle by its selection bias."""
-    config = pretrain_config("one", {"scoring_func": "sigmoid", "router_aux_loss_coef": 0.0})
+    router = {"scoring_func": "sigmoid", "router_aux_loss_type": "global", "router_aux_loss_coef": 1.0}
+    config = pretrain_config("one", router | {"router_z_loss_coef": 0.1})
     path = write_yaml(tmp_path / "config.yaml", config)
     worker = Path(__file__).with_name("two_processes.py")
     launch = [

@@ -73,6 +73,10 @@ class Batch:
         """What a mean loss divides by: the learned tokens. An int64 scalar."""
         return (self.labels[:, 1:] != IGNORE_INDEX).sum()
 
+    def num_tokens(self) -> torch.Tensor:
+        """Real tokens, learned or not. An int64 scalar."""
+        return (self.attention_mask != 0).sum()
+
     def digest(self) -> str:
         """A hash of the contents, for metrics and resume tests."""
         digest = hashlib.blake2b(digest_size=8)
@@ -136,8 +140,9 @@ class TrainLoader:
 class Validation:
     """Held-out documents, each scored exactly once, in a fixed order."""
 
-    def __init__(self, documents: Documents, packing: Packing) -> None:
+    def __init__(self, documents: Documents, packing: Packing, ignored: Mapping[str, int] | None = None) -> None:
         self.packing, self.num_rows = packing, packing.num_rows
+        self.ignored = ignored or {}  # as in `Data`
         self.num_documents = len(documents)
         self.num_bytes = int(documents.num_bytes.sum())  # denominator of bits per byte
 
@@ -195,7 +200,7 @@ def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
         train=TrainLoader(packings, weights or None, seed),
         validation=validation,
         counts=counts,
-        ignored=sum((Counter(corpus.ignored) for corpus in corpora), Counter()),
+        ignored=_ignored(corpora),
         fingerprint=_fingerprint(corpora, validation_fingerprints, data, stage),
     )
 
@@ -215,7 +220,11 @@ def _open_validation(
     hashes = [document_hashes(len(ids), 0, number) for number, ids in enumerate(chosen)]
     documents = Documents.select(corpora, _cap(chosen, hashes, data.max_validation_documents))
     packing = _pack(documents, data, tokenizer, stage, 0, shuffle=False)
-    return Validation(documents, packing), [corpus.fingerprint for corpus in corpora]
+    return Validation(documents, packing, _ignored(corpora)), [corpus.fingerprint for corpus in corpora]
+
+
+def _ignored(corpora: Sequence[Corpus]) -> Counter[str]:
+    return sum((Counter(corpus.ignored) for corpus in corpora), Counter())
 
 
 def split_documents(

@@ -91,7 +91,7 @@ class MiniMoeConfig(PreTrainedConfig):
     eval_dispatch: str = "grouped"
 
     router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss, 0 = off
-    router_aux_loss_type: Literal["batch", "sequence"] = "batch"
+    router_aux_loss_type: Literal["batch", "sequence", "global"] = "batch"  # balance over what
     router_z_loss_coef: float = 0.0  # weight of the router z-loss, 0 = off
     router_bias_update_rate: float = 0.0  # sigmoid only: step of the selection bias per optimizer step, 0 = off
     output_router_logits: bool = False

@@ -26,6 +26,7 @@ from minimoe.model.losses import (
     expert_counts,
     hidden_loss,
     load_balancing_loss,
+    mean_probabilities,
     next_token_loss,
     router_z_loss,
 )
@@ -43,6 +44,7 @@ class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     load_balancing_loss: Tensor | None = None
     router_z_loss: Tensor | None = None
     expert_counts: Tensor | None = None  # (L, E) int64: real tokens per expert of each MoE layer
+    expert_probabilities: Tensor | None = None  # (L, E) "global" only: their mean probabilities, with gradient
 
 
 class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
@@ -137,6 +139,8 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         result.router_z_loss = torch.stack([router_z_loss(r.logits, mask) for r in routings]).mean()
         counts = [expert_counts(r.expert_ids, self.config.num_experts, mask) for r in routings]
         result.expert_counts = torch.stack(counts)
+        if self.config.router_aux_loss_type == "global":  # for whoever knows the counts of the other parts of the step
+            result.expert_probabilities = torch.stack([mean_probabilities(r.probabilities, mask) for r in routings])
 
     def _add_losses(
         self,

@@ -3,7 +3,7 @@
 B batch, S sequence, T tokens = B*S, E experts, k experts per token, V vocabulary.
 
 Sources: Switch Transformer (arXiv 2101.03961) for the balance loss, DeepSeek-V2 (arXiv 2405.04434) for its
-sequence-wise form, ST-MoE (arXiv 2202.08906) for the z-loss.
+sequence-wise form, Qiu et al. (arXiv 2501.11873) for its global one, ST-MoE (arXiv 2202.08906) for the z-loss.
 """
 
 from __future__ import annotations
@@ -89,6 +89,31 @@ def load_balancing_loss(
     p = (probabilities * weight[:, None]).view(rows, -1, num_experts).sum(1) / per_token
     loss = num_experts * (f * p).sum(1)  # (rows,)
     return (loss * tokens).sum() / tokens.sum().clamp(min=1)
+
+
+def global_balancing_loss(probabilities: Tensor, counts: Tensor, num_experts_per_tok: int) -> Tensor:
+    """`load_balancing_loss` averaged over layers, with the experts' shares taken of more tokens than the probabilities.
+
+    The loss is linear in the probabilities: with the counts of a whole step, the losses of its parts, weighted by their
+    tokens, add up to the loss of the whole.
+
+    Args:
+        probabilities: (L, E) mean probability of each expert over the tokens of this call.
+        counts: (L, E) assignments of those and other tokens, as `expert_counts` gives them.
+
+    Returns:
+        A scalar.
+    """
+    f = num_experts_per_tok * counts / counts.sum(1, keepdim=True).clamp(min=1)  # (L, E), sums to k
+    return counts.shape[1] * (f * probabilities).sum(1).mean()
+
+
+def mean_probabilities(probabilities: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(E,): each expert's mean of the probabilities (T, E) over real tokens (T,)."""
+    if mask is None:
+        return probabilities.mean(0)
+    weight = mask.to(probabilities.dtype)
+    return (probabilities * weight[:, None]).sum(0) / weight.sum().clamp(min=1)
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

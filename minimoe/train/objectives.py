@@ -10,6 +10,21 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from minimoe.data.loader import Batch
+from minimoe.model.losses import global_balancing_loss
+
+
+class Step(NamedTuple):
+    """What a micro-batch must know of the optimizer step that it is a part of."""
+
+    num_items: Tensor  # `Batch.num_items()` of the whole step over all ranks: what a mean loss divides by
+    num_tokens: Tensor  # `Batch.num_tokens()` likewise
+    # This call's expert counts (L, E) -> those of all ranks, this micro-batch's and the earlier ones'. A collective.
+    gather_counts: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Step:
+        """The step that this batch, on one rank, is all of."""
+        return cls(batch.num_items(), batch.num_tokens(), lambda counts: counts)
 
 
 class Losses(NamedTuple):
@@ -20,17 +35,22 @@ class Losses(NamedTuple):
     expert_counts: Tensor  # (L, E) int64: real tokens per expert of each MoE layer
 
 
-# (the model, rows of the stage's batch, `num_items()` of the whole step over all ranks: what to divide by) -> Losses
-Objective = Callable[[Any, Any, Tensor], Losses]
+Objective = Callable[[Any, Any, Step], Losses]  # of the model and of rows of the stage's batch
 
 
-def next_token(model: Any, batch: Batch, num_items: Tensor) -> Losses:
-    """Cross-entropy of the learned tokens plus the router's weighted terms: pretraining and SFT."""
-    outputs = model(**batch.model_inputs(), num_items_in_batch=num_items, skip_logits=True, use_cache=False)
-    share = batch.num_items() / num_items.clamp(min=1)  # the router's terms are means over this call's tokens
-    terms = {
-        "lm_loss": outputs.lm_loss,
-        "load_balancing_loss": share * outputs.load_balancing_loss,
-        "router_z_loss": share * outputs.router_z_loss,
-    }
-    return Losses(outputs.loss, terms, outputs.expert_counts)
+def next_token(model: Any, batch: Batch, step: Step) -> Losses:
+    """Cross-entropy of the learned tokens plus the router's weighted terms: pretraining and SFT.
+
+    The router's terms are means over real tokens, learned or not.
+    """
+    outputs = model(**batch.model_inputs(), num_items_in_batch=step.num_items, skip_logits=True, use_cache=False)
+    config = getattr(model, "module", model).config  # data-parallel training wraps the model
+    balance = outputs.load_balancing_loss
+    if outputs.expert_probabilities is not None:
+        counts = step.gather_counts(outputs.expert_counts)
+        balance = global_balancing_loss(outputs.expert_probabilities, counts, config.num_experts_per_tok)
+    share = batch.num_tokens() / step.num_tokens.clamp(min=1)
+    balance, z_loss = share * balance, share * outputs.router_z_loss
+    loss = outputs.lm_loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
+    terms = {"lm_loss": outputs.lm_loss, "load_balancing_loss": balance, "router_z_loss": z_loss}
+    return Losses(loss, terms, outputs.expert_counts)

@@ -19,7 +19,7 @@ from torch import Tensor
 from minimoe.config import TrainConfig
 from minimoe.device import has_bf16, pick_device
 from minimoe.errors import StorageError, UserError
-from minimoe.train.objectives import Objective
+from minimoe.train.objectives import Objective, Step
 
 
 def make_accelerator(train: TrainConfig) -> Accelerator:
@@ -88,14 +88,15 @@ def forward_backward(
     """
     world = accelerator.num_processes
     batch = batch.to(accelerator.device)
-    num_items = accelerator.reduce(batch.num_items())
+    num_items, num_tokens = accelerator.reduce(torch.stack([batch.num_items(), batch.num_tokens()]))
+    step = Step(num_items, num_tokens, _CountsSoFar(accelerator))
     micros = list(batch.split(micro_rows))
     names: list[str] = []
     totals = counts = None
     for index, micro in enumerate(micros):
         last = index == len(micros) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            losses = objective(model, micro, num_items)
+            losses = objective(model, micro, step)
             # Data-parallel training averages gradients over ranks; the loss is already divided by the global count.
             accelerator.backward(losses.loss * world)
         names = ["loss", *losses.terms]
@@ -107,6 +108,19 @@ def forward_backward(
     if world > 1:
         totals, counts = accelerator.reduce(totals), accelerator.reduce(counts)
     return dict(zip(names, totals, strict=True)), counts
+
+
+class _CountsSoFar:
+    """Adds up a step's expert counts over ranks and over micro-batches, in their order."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._counts: Tensor | None = None
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        counts = self._accelerator.reduce(counts)
+        self._counts = counts if self._counts is None else self._counts + counts
+        return self._counts
 
 
 @contextlib.contextmanager
