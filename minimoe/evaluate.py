@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from rich.text import Text
 
 from minimoe.config import EvaluateRun
 from minimoe.config.file import load_config
+from minimoe.data.formats import left_aside
 from minimoe.data.loader import Validation, open_validation
 from minimoe.errors import UserError
 from minimoe.failpoints import failpoint
@@ -88,6 +91,7 @@ def evaluate_source(
     batch_size: int = 16,
     device: str = "auto",
     overrides: Sequence[str] = (),
+    note: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Score a model folder on every document of a file, folder or glob.
 
@@ -95,6 +99,7 @@ def evaluate_source(
         answers_only: conversations count their assistant turns only, as in SFT, instead of the whole text.
         sequence_length: tokens of context; None is the model's, 1024 at most.
         overrides: how documents are read, such as data.on_bad_rows=skip.
+        note: told what is there and not read.
     """
     words = [f"data.train={json.dumps(path, ensure_ascii=False)}", *overrides]
     if sequence_length is not None:
@@ -109,12 +114,14 @@ def evaluate_source(
             f"--sequence-length {data.sequence_length} is more than the model's {limit} positions", where=model_dir
         )
     validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
+    for name, value in left_aside(data.train, validation.ignored).items():
+        note(f"{name}: {value}")
     return evaluate_model(model, validation, batch_size)
 
 
 def run(model_dir: str, path: str, *, json_output: bool = False, **options: Any) -> None:
     """`minimoe evaluate`: score and print."""
-    evaluation = evaluate_source(model_dir, path, **options)
+    evaluation = evaluate_source(model_dir, path, note=partial(print, file=sys.stderr), **options)
     if json_output:
         fields = ("loss", "perplexity", "bits_per_byte", "num_tokens", "num_bytes")
         print(json.dumps({name: getattr(evaluation, name) for name in fields}))

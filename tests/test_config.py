@@ -172,6 +172,7 @@ def test_all_problems_are_reported_together(tmp_path):
         ("train.micro_batch_size=5", "micro_batch_size 5 does not divide batch_size 32"),
         ("data.train=[]", "non-empty list"),
         ("data.train={hub: a/b, path: c}", "exactly one of path or hub"),
+        ("data.train={path: c, split: test}", "split: only of a hub dataset, and c is a local path"),
         ("data.train=[{path: a, weight: 1}, b]", "weight to every source or to none"),
         ("optimizer.betas=[0.9, 1.5]", "each beta must be in [0, 1)"),
         ("train.max_steps", "is not key=value"),

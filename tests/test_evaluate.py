@@ -50,9 +50,11 @@ def test_bits_per_byte_is_the_surprise_of_every_token_over_the_bytes_of_the_text
 
 def test_the_command_scores_a_folder_and_prints_json(folder, write_jsonl, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # the cache of tokenised data
-    path = write_jsonl([{"text": text} for text in TEXTS])
+    path = write_jsonl([{"text": text, "id": 1} for text in TEXTS])
     run(str(folder[0]), str(path), json_output=True, batch_size=2, device="cpu")
-    printed = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    printed = json.loads(out)
+    assert f"ignored columns: id ({len(TEXTS)} rows)" in err
     result = evaluate_source(str(folder[0]), str(path), batch_size=3, device="cpu")
     assert printed["num_bytes"] == result.num_bytes
     assert printed["bits_per_byte"] == pytest.approx(result.bits_per_byte, rel=1e-5)

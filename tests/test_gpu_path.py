@@ -9,9 +9,12 @@ import torch
 from tiny import relative_error, tiny_config, tiny_experts, tiny_model
 from transformers.cache_utils import StaticCache
 
+from minimoe.data.loader import Batch
 from minimoe.model.documents import Documents
 from minimoe.model.language_model import MiniMoeForCausalLM
+from minimoe.model.losses import IGNORE_INDEX
 from minimoe.ops import FORMS
+from minimoe.train.objectives import Step, next_token
 
 BATCHES = {
     "plain": (),
@@ -65,6 +68,22 @@ def test_the_host_never_waits_for_the_device(make_model, names, scoring_func, tr
 def test_the_whole_model_is_one_graph(make_model, training):
     model = make_model(num_hidden_layers=1, n_shared_experts=1).train(training)
     step(torch.compile(model, fullgraph=True, backend="eager"), BATCHES["padding"])
+
+
+def test_compiled_training_compiles_no_more_however_documents_and_learned_tokens_change():
+    torch.compiler.reset()
+    model = torch.compile(tiny_model().train(), backend="eager")
+    graphs = []
+    for step_index in range(6):
+        ids = torch.randint(0, 97, (2, 32))
+        positions = torch.arange(32).remainder(32 // (step_index + 1)).expand(2, 32).contiguous()
+        labels = ids.clone()
+        labels[:, : 3 * step_index] = IGNORE_INDEX
+        batch = Batch(ids, labels, positions, torch.ones_like(ids))
+        next_token(model, batch, Step.of(batch)).loss.backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[1:] == [graphs[1]] * 5
 
 
 def test_a_static_cache_of_transformers_is_longer_than_the_prompt():

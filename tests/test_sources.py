@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import datasets
 import pytest
 
 from minimoe.config import SourceConfig
-from minimoe.data.formats import Counts, read_documents
+from minimoe.data.formats import Counts, left_aside, read_documents
 from minimoe.data.rows import BadRow, Row
 from minimoe.data.sources import fingerprint, list_files, read_rows
 from minimoe.data.text_files import cut_text
@@ -202,6 +203,16 @@ def test_hidden_files_of_a_folder_are_left_out(tmp_path):
     (tmp_path / ".cache" / "a.txt").write_text("x")
     (tmp_path / "b.txt").write_text("x")
     assert list_files(str(tmp_path)) == [tmp_path / "b.txt"]
+
+
+def test_what_a_folder_holds_beside_its_data_files_is_listed(tmp_path, saved):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("b.txt", "notes.md", "more.md", "LICENSE", ".hidden.pdf"):
+        (folder / name).write_text("x")
+    unread = {"ignored columns": "id (3 rows)", "files not read": "2 .md, 1 without suffix"}
+    assert left_aside([SourceConfig(path=str(folder)), SourceConfig(hub="a/b")], {"id": 3}) == unread
+    assert left_aside([SourceConfig(path=str(folder / "b.txt")), SourceConfig(path=str(saved / "train"))], {}) == {}
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):

@@ -25,6 +25,10 @@ class SourceConfig(Section):
     def _one_origin(self) -> SourceConfig:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path or hub")
+        fields = type(self).model_fields
+        of_hub = [name for name in ("subset", "split", "streaming") if getattr(self, name) != fields[name].default]
+        if self.path is not None and of_hub:
+            raise ValueError(f"{', '.join(of_hub)}: only of a hub dataset, and {self.path} is a local path")
         return self
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minimoe.config import DataConfig, SourceConfig
 from minimoe.conversation import NOTHING, BadConversation, Message, conversation, either
 from minimoe.data.rows import BadRow, Row
-from minimoe.data.sources import describe, read_rows
+from minimoe.data.sources import describe, read_rows, unread_files
 from minimoe.data.text_files import cut_text
 from minimoe.errors import UserError, shorten, suggestion
 
@@ -184,9 +184,14 @@ def to_document(row: Row, source: SourceConfig, ignored: Counter[str] | None = N
     return document
 
 
-def list_ignored(ignored: Mapping[str, int]) -> str:
-    """What is not read of rows, for a person: the most frequent first."""
-    return ", ".join(f"{name} ({count:,} rows)" for name, count in Counter(ignored).most_common())
+def left_aside(sources: Sequence[SourceConfig], ignored: Mapping[str, int]) -> dict[str, str]:
+    """What is there and not read, for a person, the most frequent first: nothing, or columns and files."""
+    files = sum((unread_files(source) for source in sources), Counter[str]())
+    lists = {
+        "ignored columns": [f"{name} ({count:,} rows)" for name, count in Counter(ignored).most_common()],
+        "files not read": [f"{count:,} {suffix}" for suffix, count in files.most_common()],
+    }
+    return {name: ", ".join(values) for name, values in lists.items() if values}
 
 
 def document_texts(document: Document) -> list[str]:

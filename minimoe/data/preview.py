@@ -13,7 +13,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from minimoe.config import TrainingRun
-from minimoe.data.formats import list_ignored
+from minimoe.data.formats import left_aside
 from minimoe.data.loader import open_data
 from minimoe.model.losses import IGNORE_INDEX
 from minimoe.tokenizer import load_tokenizer, set_chat_template
@@ -48,8 +48,8 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
             f"{sum(learned) / len(ids):.0%} learned",
             highlight=False,
         )
-    if data.ignored:
-        console.print(f"ignored columns: {list_ignored(data.ignored)}", markup=False, highlight=False)
+    for name, value in left_aside(config.data.train, data.ignored).items():
+        console.print(f"{name}: {value}", markup=False, highlight=False)
     total, share = int(batch.attention_mask.sum()), int(batch.num_items())
     console.print(Rule())
     console.print(

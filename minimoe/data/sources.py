@@ -15,6 +15,7 @@ import glob
 import hashlib
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -70,12 +71,23 @@ def read_rows(source: SourceConfig) -> Iterator[Row | BadRow]:
 
 def list_files(path: str) -> list[Path]:
     """The data files at a file, folder (searched through, hidden files left out) or glob."""
+    return _search(path)[0]
+
+
+def unread_files(source: SourceConfig) -> Counter[str]:
+    """How many files of each suffix lie beside the source's data files and are not read."""
+    others = [] if source.path is None else _search(source.path)[1]
+    return Counter(path.suffix or "without suffix" for path in others)
+
+
+def _search(path: str) -> tuple[list[Path], list[Path]]:
+    """The data files, and the other files there."""
     root = Path(os.path.expanduser(path))
     try:
         if root.is_file():
             if _suffix(root) not in READERS:
                 raise UserError(f"unknown kind of data file: {root}", fix=f"known are {_KINDS}")
-            return [root]
+            return [root], []
         is_folder = root.is_dir()
         walk = root.rglob("*") if is_folder else map(Path, glob.iglob(str(root), recursive=True))
         found = list(islice(walk, MAX_ENTRIES + 1))
@@ -88,17 +100,19 @@ def list_files(path: str) -> list[Path]:
             )
         if is_folder:
             found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-        files = sorted(file for file in found if file.is_file() and _suffix(file) in READERS)
+        found = [file for file in found if file.is_file()]
+        files = sorted(file for file in found if _suffix(file) in READERS)
         refuse_splits(files)
         saved = {folder: saved_files(folder) for folder in {file.parent for file in files}}
         files = [file for file in files if (names := saved[file.parent]) is None or file in names]
     except OSError as error:
         raise UserError(f"cannot search {path}: {error.strerror}", fix="check the path and its permissions") from None
     if not files:
-        kinds = sorted({file.suffix for file in found if file.suffix and file.is_file()})[:5]
+        kinds = sorted({file.suffix for file in found if file.suffix})[:5]
         others = f", only {', '.join(kinds)}" if kinds else ""
         raise UserError(f"no data files in {path}{others}", fix=f"known kinds are {_KINDS}")
-    return files
+    of_datasets = {folder for folder, names in saved.items() if names is not None}  # with what it writes beside them
+    return files, [file for file in found if _suffix(file) not in READERS and file.parent not in of_datasets]
 
 
 def total_bytes(source: SourceConfig) -> int | None:

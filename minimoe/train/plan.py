@@ -14,11 +14,12 @@ from rich.text import Text
 
 from minimoe import ops
 from minimoe.config import ScheduleConfig, TrainConfig
-from minimoe.data.formats import list_ignored
+from minimoe.data.formats import left_aside
 from minimoe.device import has_bf16
 from minimoe.model.config import num_parameters
 from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train import checkpoint
+from minimoe.train.objectives import Step
 from minimoe.train.optim import Muon, newton_schulz
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def print_plan(run: Run) -> None:
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
-    if data.ignored:
-        rows["ignored columns"] = list_ignored(data.ignored)
+    rows |= left_aside(config.data.train, data.ignored)
     doubts = config.optimizer.doubts()
     if not run.tokenizer.chat_template:
         doubts.append("the tokenizer has no chat template, which SFT needs: see chat_template, before this is trained")
@@ -86,7 +86,7 @@ def _estimate_step_seconds(run: Run) -> float:
     for _ in range(2):  # the first also pays for allocation and kernel selection
         start = time.perf_counter()
         with accelerator.autocast(), float32_by_onednn(accelerator.device, model.config.hidden_size):
-            run.objective(model, micro, micro.num_items()).loss.backward()
+            run.objective(model, micro, Step.of(micro)).loss.backward()
         model.zero_grad()
         _synchronise(accelerator)
         times.append(time.perf_counter() - start)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from minimoe.bpe import train_bpe
 from minimoe.config import TokenizerRun
-from minimoe.data.formats import Counts, document_texts, list_ignored, read_documents
+from minimoe.data.formats import Counts, document_texts, left_aside, read_documents
 from minimoe.errors import UserError
 from minimoe.tokenizer import encode_texts
 
@@ -47,8 +47,8 @@ def run(config: TokenizerRun, *, overwrite: bool = False) -> Path:
     )
     if counts.bad_rows or counts.empty_rows:
         print(f"  left out: {counts.bad_rows:,} bad rows, {counts.empty_rows:,} empty rows")
-    if counts.ignored:
-        print(f"  ignored columns: {list_ignored(counts.ignored)}")
+    for name, value in left_aside(config.data.train, counts.ignored).items():
+        print(f"  {name}: {value}")
     if len(tokenizer) < config.tokenizer.vocab_size:
         print(f"  fewer than the {config.tokenizer.vocab_size:,} asked for: the text has no more pairs to merge")
     return folder
