@@ -72,9 +72,9 @@ def test_the_whole_model_is_one_graph(make_model, training):
 
 def test_compiled_training_compiles_no_more_however_documents_and_learned_tokens_change():
     torch.compiler.reset()
-    model = torch.compile(tiny_model().train(), backend="eager")
+    model = torch.compile(tiny_model(num_hidden_layers=1).train(), backend="eager")
     graphs = []
-    for step_index in range(6):
+    for step_index in range(4):
         ids = torch.randint(0, 97, (2, 32))
         positions = torch.arange(32).remainder(32 // (step_index + 1)).expand(2, 32).contiguous()
         labels = ids.clone()
@@ -83,7 +83,7 @@ def test_compiled_training_compiles_no_more_however_documents_and_learned_tokens
         next_token(model, batch, Step.of(batch)).loss.backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
-    assert graphs[1:] == [graphs[1]] * 5
+    assert graphs[1:] == [graphs[1]] * 3
 
 
 def test_a_static_cache_of_transformers_is_longer_than_the_prompt():

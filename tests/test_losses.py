@@ -73,7 +73,9 @@ def test_the_sequence_wise_balance_loss_is_the_mean_of_each_sequences_own():
 def test_the_global_balance_loss_of_unequal_parts_adds_up_to_that_of_the_whole():
     probabilities, mask = torch.randn(2, 30, 5).softmax(-1), torch.rand(30) > 0.3
     expert_ids = probabilities.topk(2).indices
-    whole = torch.stack([load_balancing_loss(p, i, mask) for p, i in zip(probabilities, expert_ids, strict=True)]).mean()
+    whole = torch.stack(
+        [load_balancing_loss(p, i, mask) for p, i in zip(probabilities, expert_ids, strict=True)]
+    ).mean()
     counts = torch.stack([expert_counts(ids, 5, mask) for ids in expert_ids])
     parts = 0.0
     for part in (slice(0, 4), slice(4, 30)):

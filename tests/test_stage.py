@@ -16,7 +16,7 @@ from minimoe.data.loader import Batch, Data
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.train.loop import fit
-from minimoe.train.objectives import Losses
+from minimoe.train.objectives import Losses, Step
 from minimoe.train.parallel import make_accelerator
 
 
@@ -46,13 +46,14 @@ class CountingRows:
         return WeightedBatch(ids, ids, positions, torch.ones_like(ids), 1.0 - 1.1 * (first % 2))
 
 
-def weighted(model, batch: WeightedBatch, num_items: torch.Tensor) -> Losses:
+def weighted(model, batch: WeightedBatch, step: Step) -> Losses:
     """Mean over rows of weight * negative log-likelihood per token."""
     outputs = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, use_cache=False)
     logp = outputs.logits[:, :-1].log_softmax(-1).gather(2, batch.labels[:, 1:, None])[..., 0].mean(1)  # (B,)
     wanted = batch.weights > 0
-    terms = {"wanted_logp": (logp * wanted).sum() / num_items, "unwanted_logp": (logp * ~wanted).sum() / num_items}
-    return Losses(-(batch.weights * logp).sum() / num_items, terms, outputs.expert_counts)
+    rows = step.num_items
+    terms = {"wanted_logp": (logp * wanted).sum() / rows, "unwanted_logp": (logp * ~wanted).sum() / rows}
+    return Losses(-(batch.weights * logp).sum() / rows, terms, outputs.expert_counts)
 
 
 @pytest.fixture

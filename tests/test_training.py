@@ -210,10 +210,10 @@ def test_what_accumulation_changes_in_the_routers_terms(balance, exact):
     batch = Batch(ids, ids.where(learned, IGNORE_INDEX), positions, real.long())
     accelerator = make_accelerator(TrainConfig(max_steps=1, device="cpu", precision="fp32"))
     found = {}
-    for rows in (6, 2, 1):
+    for size in (6, 2, 1):
         model.zero_grad()
-        terms, _ = forward_backward(model, batch, next_token, rows, accelerator)
-        found[rows] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, terms
+        terms, _ = forward_backward(model, batch, next_token, size, accelerator)
+        found[size] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, terms
     (whole, terms), *others = found.values()
     expected = model(**batch.model_inputs(), output_router_logits=True)
     torch.testing.assert_close(terms["lm_loss"], expected.lm_loss)

@@ -57,6 +57,11 @@ class MiniMoeConfig(PreTrainedConfig):
     """
 
     model_type = "minimoe"
+    # What `Trainer` does not hand to compute_metrics: everything but the logits.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = (
+        "cache past_key_values aux_loss router_logits lm_loss load_balancing_loss router_z_loss expert_counts "
+        "expert_probabilities".split()
+    )
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "num_experts",
         "n_routed_experts": "num_experts",
@@ -91,7 +96,7 @@ class MiniMoeConfig(PreTrainedConfig):
     eval_dispatch: str = "grouped"
 
     router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss, 0 = off
-    router_aux_loss_type: Literal["batch", "sequence", "global"] = "batch"  # balance over what
+    router_aux_loss_type: Literal["batch", "sequence", "global"] = "global"  # balance over what
     router_z_loss_coef: float = 0.0  # weight of the router z-loss, 0 = off
     router_bias_update_rate: float = 0.0  # sigmoid only: step of the selection bias per optimizer step, 0 = off
     output_router_logits: bool = False
