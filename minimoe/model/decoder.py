@@ -90,11 +90,14 @@ class MiniMoePreTrainedModel(PreTrainedModel):
         """As in transformers, but weights that are missing or of another shape are an error.
 
         Raises:
-            ValueError: transformers would only print a report and initialise them at random.
+            ValueError: transformers would only print a report and initialise them at random; weights of another shape
+                it takes so with `ignore_mismatched_sizes=True`.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        wrong = sorted(info["missing_keys"])
+        if not kwargs.get("ignore_mismatched_sizes"):
+            wrong += sorted(str(key) for key in info["mismatched_keys"])
         if wrong:
             shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise ValueError(f"weights missing from the checkpoint or of another shape: {shown}")

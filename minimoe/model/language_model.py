@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
@@ -17,6 +18,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from minimoe.model.config import MiniMoeConfig
@@ -37,7 +39,8 @@ from minimoe.model.router import RouterOutput
 class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     """Adds every term of the loss, unscaled, and the experts' loads.
 
-    `loss` = lm_loss + router_aux_loss_coef * load_balancing_loss + router_z_loss_coef * router_z_loss.
+    In training, `loss` = lm_loss + router_aux_loss_coef * load_balancing_loss + router_z_loss_coef * router_z_loss; in
+    evaluation it is lm_loss, whose exponential is the perplexity.
     """
 
     lm_loss: Tensor | None = None
@@ -80,6 +83,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids: see `MiniMoeModel.forward`.
             labels: (B, S), unshifted; IGNORE_INDEX is not learned.
+            shift_labels: (B, S), the same shifted already, so that position t predicts the t-th; in place of `labels`.
             output_router_logits: return the router logits and the balance loss also without labels.
             logits_to_keep: logits of the last so many positions only (0 = all), or of given positions.
             num_items_in_batch: learned tokens of the whole optimizer step. Losses are then this call's share of the
@@ -87,6 +91,8 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             skip_logits: with labels, return no logits, which need not be held all at once then: less time and much
                 less memory.
         """
+        # Not in the signature, where `Trainer` would take it for a second set of labels that every batch must have.
+        shift_labels = kwargs.pop("shift_labels", None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs: MiniMoeModelOutput = self.model(
@@ -99,22 +105,22 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = outputs.last_hidden_state  # (B, S, D)
-        result = MiniMoeCausalLMOutput(
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        if not (skip_logits and labels is not None):
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        result = MiniMoeCausalLMOutput()
+        if not (skip_logits and shift_labels is not None):
             # slice(-0, None) is everything
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = self.lm_head(hidden[:, kept])
-        if labels is not None or output_router_logits:
+        if shift_labels is not None or output_router_logits:
             self._add_router_terms(result, outputs.routings or (), attention_mask, hidden.shape)
         if output_router_logits:
             result.router_logits = tuple(routing.logits for routing in outputs.routings or ())
-        if labels is not None:
-            self._add_losses(result, hidden, labels, num_items_in_batch)
-        return result
+        if shift_labels is not None:
+            self._add_losses(result, hidden, shift_labels, num_items_in_batch)
+        result.cache, result.hidden_states, result.attentions = outputs.cache, outputs.hidden_states, outputs.attentions
+        # As a tuple it has the order of its fields, however it was filled.
+        return MiniMoeCausalLMOutput(**result)
 
     def _add_router_terms(
         self,
@@ -146,27 +152,32 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         self,
         result: MiniMoeCausalLMOutput,
         hidden: Tensor,
-        labels: Tensor,
+        shift_labels: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> None:
-        """lm_loss and the total. Position t predicts label t + 1."""
-        targets = labels[:, 1:].flatten()
+        """lm_loss and the total."""
+        targets = shift_labels.flatten()
         num_targets = (targets != IGNORE_INDEX).sum()
         num_items = num_targets if num_items_in_batch is None else num_items_in_batch
-        if result.logits is not None and result.logits.shape[1] == labels.shape[1]:
-            result.lm_loss = next_token_loss(result.logits[:, :-1].flatten(0, 1), targets, num_items)
+        if result.logits is not None and result.logits.shape[1] == shift_labels.shape[1]:
+            result.lm_loss = next_token_loss(result.logits.flatten(0, 1), targets, num_items)
         else:
-            result.lm_loss = hidden_loss(hidden[:, :-1].flatten(0, 1), self.lm_head, targets, num_items)
+            result.lm_loss = hidden_loss(hidden.flatten(0, 1), self.lm_head, targets, num_items)
+        result.loss = result.lm_loss
+        if not self.training:
+            return
         # The router terms are means over this call's tokens; weigh them by its share of the step.
         share = num_targets / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
         assert result.load_balancing_loss is not None
         assert result.router_z_loss is not None
         balance = self.config.router_aux_loss_coef * result.load_balancing_loss
-        result.loss = result.lm_loss + share * (balance + self.config.router_z_loss_coef * result.router_z_loss)
+        result.loss = result.loss + share * (balance + self.config.router_z_loss_coef * result.router_z_loss)
 
 
 def register() -> None:
     """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know minimoe; experts are split on disk."""
+    # By its class name here `Trainer` knows that labels are to be shifted, as for label smoothing.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimoe"] = MiniMoeForCausalLM.__name__
     AutoConfig.register("minimoe", MiniMoeConfig, exist_ok=True)
     AutoModel.register(MiniMoeConfig, MiniMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(MiniMoeConfig, MiniMoeForCausalLM, exist_ok=True)

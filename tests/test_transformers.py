@@ -1,0 +1,113 @@
+"""A model as the tools around `transformers` use it, beside its own Qwen3-MoE as control."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
+
+from minimoe.model.losses import IGNORE_INDEX
+
+VARIANTS = {
+    "softmax": {},
+    "sigmoid": {"scoring_func": "sigmoid", "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "qwen3-moe": None,
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def model(request):
+    if request.param is not None:
+        return tiny_model(**request.param).eval()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": []}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **layers, **experts)).eval()
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(0, 97, (3, 12))
+    labels = ids.masked_fill(torch.rand(3, 12) < 0.4, IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.fixture
+def trainer(model, tmp_path):
+    def make(**arguments) -> Trainer:
+        arguments |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        return Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), **arguments))
+
+    return make
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
+
+
+def test_the_loss_in_evaluation_is_the_cross_entropy(model, batch):
+    outputs = model(**batch)
+    torch.testing.assert_close(outputs.loss, cross_entropy(outputs.logits, batch["labels"]))
+
+
+def test_label_smoothing_shifts_the_labels(model, batch, trainer):
+    logits = model(batch["input_ids"]).logits
+    loss = trainer(label_smoothing_factor=0.1).compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, cross_entropy(logits, batch["labels"], 0.1))
+
+
+def test_labels_may_come_shifted(model, batch):
+    shifted = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    expected = model(**batch).loss
+    # The stock model wants labels too, and leaves them alone.
+    actual = model(batch["input_ids"], labels=batch["labels"], shift_labels=shifted.roll(1, 0)).loss
+    assert (actual - expected).abs() > 1e-3
+    actual = model(batch["input_ids"], labels=batch["labels"].roll(1, 0), shift_labels=shifted).loss
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_tuple_has_the_loss_or_the_logits_first(model, batch):
+    expected = model(**batch)
+    torch.testing.assert_close(model(**batch, return_dict=False)[0], expected.loss)
+    torch.testing.assert_close(expected.to_tuple()[0], expected.loss)
+    torch.testing.assert_close(model(batch["input_ids"])[0], expected.logits)
+
+
+def test_metrics_are_computed_of_the_logits_alone(model, batch, trainer):
+    loss, logits, labels = trainer().prediction_step(model, batch, prediction_loss_only=False)
+    torch.testing.assert_close(logits, model(**batch).logits)
+    assert (labels == batch["labels"]).all()
+    torch.testing.assert_close(loss, cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("options", [{"skip_logits": True}, {"logits_to_keep": 2}])
+def test_an_adapter_of_the_head_takes_part_in_every_loss(batch, options):
+    class Adapted(nn.Module):
+        def __init__(self, head: nn.Linear) -> None:
+            super().__init__()
+            self.head, self.bias, self.weight = head, nn.Parameter(torch.randn(97)), head.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) + self.bias
+
+    model = tiny_model().eval()
+    model.lm_head = Adapted(model.lm_head)
+    torch.testing.assert_close(model(**batch, **options).loss, model(**batch).loss)
+    model = tiny_model().eval()
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(model(**batch, **options).loss, model(**batch).loss)
+
+
+def test_weights_of_another_shape_are_taken_only_when_asked_for(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match=r"mismatch|another shape"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=101)
+    larger = AutoModelForCausalLM.from_pretrained(tmp_path, vocab_size=101, ignore_mismatched_sizes=True)
+    assert larger.lm_head.weight.shape[0] == 101
+    torch.testing.assert_close(
+        larger.model.layers[1].self_attn.q_proj.weight, model.model.layers[1].self_attn.q_proj.weight
+    )
