@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload, disk_offload
 from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
@@ -111,3 +112,27 @@ def test_weights_of_another_shape_are_taken_only_when_asked_for(model, tmp_path)
     torch.testing.assert_close(
         larger.model.layers[1].self_attn.q_proj.weight, model.model.layers[1].self_attn.q_proj.weight
     )
+
+
+def test_what_tools_set_on_a_config_is_kept_and_named(tmp_path):
+    model = tiny_model()
+    model.config.sliding_window = 3
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="does not read sliding_window of config.json"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path).config.sliding_window == 3
+    model.config.norm_topk_porb = True
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="norm_topk_porb: unknown key, did you mean 'norm_topk_prob'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_weights_give_the_same_logits(model, batch, tmp_path, place):
+    expected = model(**batch).logits
+    if place == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert model.model.layers[1].mlp.experts.down_proj.is_meta
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected)

@@ -7,6 +7,7 @@ rewrite. `PreTrainedConfig` accepts any keyword in silence; here unknown and con
 import dataclasses
 import importlib
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -21,9 +22,10 @@ _FOREIGN_KEYS = frozenset(
     "model_type auto_map architectures transformers_version torch_dtype _name_or_path name_or_path "
     "_commit_hash num_labels attn_implementation _attn_implementation _attn_implementation_internal "
     "experts_implementation _experts_implementation_internal output_attentions rope_theta rope_scaling "
-    "partial_rotary_factor".split()
+    "partial_rotary_factor quantization_config".split()
 )
 
+_UNKNOWN = "unknown key"
 _AT_LEAST_ONE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
     "max_position_embeddings num_experts num_experts_per_tok moe_intermediate_size".split()
@@ -115,10 +117,29 @@ class MiniMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         importlib.import_module("minimoe.model.language_model")  # which tells transformers what to make of this config
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers. Keys like none of ours, which tools set on any config, are kept and named."""
+        foreign = [key for key, problem in unknown_keys(config_dict).items() if problem == _UNKNOWN]
+        if foreign:
+            warnings.warn(f"minimoe does not read {', '.join(foreign)} of config.json", stacklevel=2)
+        made = super().from_dict({key: config_dict[key] for key in config_dict if key not in foreign}, **kwargs)
+        for key in foreign:
+            setattr(made[0] if isinstance(made, tuple) else made, key, config_dict[key])
+        return made
+
     @property
     def num_moe_layers(self) -> int:
         """Layers with a router."""
         return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+
+
+def unknown_keys(values: Mapping[str, Any]) -> dict[str, str]:
+    """Keys that neither minimoe nor transformers knows: {key: what may have been meant}."""
+    fields = sorted(field.name for field in dataclasses.fields(MiniMoeConfig))
+    known = {*fields, *_FOREIGN_KEYS, *MiniMoeConfig.attribute_map}
+    known |= set(GenerationConfig._get_default_generation_params())
+    return {key: _UNKNOWN + suggestion(key, fields) for key in values if key not in known}
 
 
 def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
@@ -128,13 +149,9 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
     """
     fields = {field.name: field for field in dataclasses.fields(MiniMoeConfig)}
     hints = {name: hint for name, hint in MiniMoeConfig.__annotations__.items() if name in fields}
-    known = set(fields) | _FOREIGN_KEYS | set(MiniMoeConfig.attribute_map)
-    known |= set(GenerationConfig._get_default_generation_params())
-    problems: dict[str, str] = {}
+    problems = unknown_keys(values)
     for key, value in values.items():
-        if key not in known:
-            problems[key] = f"unknown key{suggestion(key, sorted(fields))}"
-        elif key in hints and not _has_type(value, hints[key]):
+        if key in hints and not _has_type(value, hints[key]):
             problems[key] = f"expected {_spell(hints[key])}, got {value!r}"
     if problems:
         return problems
