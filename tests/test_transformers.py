@@ -8,9 +8,20 @@ import torch.nn.functional as F
 from accelerate import cpu_offload, disk_offload
 from tiny import tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
+from minimoe.errors import UserError
 from minimoe.model.losses import IGNORE_INDEX
+from minimoe.train.callback import SelectionBiasCallback
+from minimoe.train.optim import update_selection_bias
 
 VARIANTS = {
     "softmax": {},
@@ -136,3 +147,53 @@ def test_offloaded_weights_give_the_same_logits(model, batch, tmp_path, place):
     assert model.model.layers[1].mlp.experts.down_proj.is_meta
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_a_classifier_learns_from_a_language_model_and_loads_again(model, tmp_path, auto):
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "language model")
+    classifier = auto.from_pretrained(tmp_path / "language model", num_labels=3)
+    ids = torch.randint(1, 97, (4, 8))
+    shape = ids.shape if auto is AutoModelForTokenClassification else ids.shape[:1]
+    labels = torch.arange(ids.numel()).view_as(ids).remainder(3)[..., 0] if len(shape) == 1 else ids % 3
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss = classifier(ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.2
+    classifier.eval().save_pretrained(tmp_path / "classifier")
+    loaded = auto.from_pretrained(tmp_path / "classifier").eval()
+    torch.testing.assert_close(loaded(ids).logits, classifier(ids).logits)
+    assert loaded(ids).logits.shape == (*shape, 3)
+
+
+def test_the_selection_bias_moves_under_trainer_as_under_minimoe(tmp_path):
+    """Two steps of two micro-batches, with padding, which counts nowhere."""
+    ids = torch.randint(0, 97, (8, 6))
+    rows = [{"input_ids": row, "labels": row, "attention_mask": (torch.arange(6) < 4).long()} for row in ids]
+    model = tiny_model(scoring_func="sigmoid", router_bias_update_rate=0.1)
+    before = [layer.mlp.gate.e_score_correction_bias.clone() for layer in model.model.layers]
+    chosen = []
+    model.register_forward_hook(lambda module, args, outputs: chosen.append(outputs.expert_counts))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        use_cpu=True,
+        report_to="none",
+    )
+    Trainer(model, arguments, train_dataset=rows, callbacks=[SelectionBiasCallback()]).train()
+    assert [int(counts.sum()) for counts in chosen] == [2 * 4 * 2 * 2] * 4  # rows, real tokens, k, layers
+    wanted = tiny_model(scoring_func="sigmoid")
+    for layer, bias in zip(wanted.model.layers, before, strict=True):
+        layer.mlp.gate.e_score_correction_bias.copy_(bias)
+    for counts in (chosen[0] + chosen[1], chosen[2] + chosen[3]):
+        update_selection_bias(wanted, counts, 0.1)
+    for layer, other in zip(model.model.layers, wanted.model.layers, strict=True):
+        torch.testing.assert_close(layer.mlp.gate.e_score_correction_bias, other.mlp.gate.e_score_correction_bias)
+    with pytest.raises(UserError, match="no MiniMoeForCausalLM in Linear"):
+        SelectionBiasCallback().on_train_begin(None, None, None, model=nn.Linear(1, 1))

@@ -62,6 +62,7 @@ class MiniMoePreTrainedModel(PreTrainedModel):
     config_class = MiniMoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    new_weights: ClassVar[tuple[str, ...]] = ()  # beginnings of names that a language model's folder does not have
     _no_split_modules: ClassVar[list[str]] = ["MiniMoeDecoderLayer"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["e_score_correction_bias"]
     _supports_sdpa = True
@@ -95,7 +96,7 @@ class MiniMoePreTrainedModel(PreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        wrong = sorted(info["missing_keys"])
+        wrong = sorted(key for key in info["missing_keys"] if not key.startswith(cls.new_weights))
         if not kwargs.get("ignore_mismatched_sizes"):
             wrong += sorted(str(key) for key in info["mismatched_keys"])
         if wrong:

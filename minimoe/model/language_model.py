@@ -11,12 +11,20 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+)
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
@@ -174,13 +182,27 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         result.loss = result.loss + share * (balance + self.config.router_z_loss_coef * result.router_z_loss)
 
 
+class MiniMoeForSequenceClassification(GenericForSequenceClassification, MiniMoePreTrainedModel):
+    """The decoder with a score for each class of a text, from its last token."""
+
+    new_weights = ("score.",)
+
+
+class MiniMoeForTokenClassification(GenericForTokenClassification, MiniMoePreTrainedModel):
+    """The decoder with a score for each class of each token."""
+
+    new_weights = ("score.",)
+
+
 def register() -> None:
-    """Make `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know minimoe; experts are split on disk."""
+    """Make `transformers`' Auto classes know minimoe; experts are split on disk."""
     # By its class name here `Trainer` knows that labels are to be shifted, as for label smoothing.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimoe"] = MiniMoeForCausalLM.__name__
     AutoConfig.register("minimoe", MiniMoeConfig, exist_ok=True)
     AutoModel.register(MiniMoeConfig, MiniMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(MiniMoeConfig, MiniMoeForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(MiniMoeConfig, MiniMoeForSequenceClassification, exist_ok=True)
+    AutoModelForTokenClassification.register(MiniMoeConfig, MiniMoeForTokenClassification, exist_ok=True)
     # Qwen2-MoE's mapping: mlp.experts.{e}.{gate,up,down}_proj.weight on disk, stacked in memory.
     mapping = get_checkpoint_conversion_mapping("qwen2_moe")
     register_checkpoint_conversion_mapping("minimoe", mapping, overwrite=True)
