@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    ContinuousBatchingConfig,
+    GenerationConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     Trainer,
@@ -197,3 +199,17 @@ def test_the_selection_bias_moves_under_trainer_as_under_minimoe(tmp_path):
         torch.testing.assert_close(layer.mlp.gate.e_score_correction_bias, other.mlp.gate.e_score_correction_bias)
     with pytest.raises(UserError, match="no MiniMoeForCausalLM in Linear"):
         SelectionBiasCallback().on_train_begin(None, None, None, model=nn.Linear(1, 1))
+
+
+def test_continuous_batching_and_early_exit_generate_the_same_tokens(model):
+    prompts = [[5, 6, 7, 8, 9], [10, 11]]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=96, pad_token_id=0)
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        expected.append(model.generate(ids, generation_config=settings)[0, len(prompt) :].tolist())
+        early = model.generate(ids, generation_config=settings, assistant_early_exit=1)[0, len(prompt) :].tolist()
+        assert early == expected[-1]
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    results = model.generate_batch(inputs=prompts, generation_config=settings, continuous_batching_config=small)
+    assert [results[f"req_{number}"].generated_tokens for number in range(2)] == expected

@@ -73,7 +73,7 @@ class MiniMoeAttention(nn.Module):
             q = norm_and_rotate(q, self.q_norm, *position_embeddings)
             k = norm_and_rotate(k, self.k_norm, *position_embeddings)
             q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads, S, d)
-            keys, values = (k, v) if cache is None else cache.update(k, v, self.layer_idx)
+            keys, values = (k, v) if cache is None else cache.update(k, v, self.layer_idx, kwargs=kwargs)
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
             with without_autocast(q):
                 out, probabilities = attend(

@@ -141,13 +141,17 @@ class MiniMoeModel(MiniMoePreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        past_length = 0 if cache is None else cache.get_seq_length()
-        mask, documents = self._masks(x, attention_mask, position_ids, cache, past_length)
+        if cache is not None and not isinstance(cache, Cache):
+            # The paged cache of continuous batching knows many sequences, and comes with positions and a mask.
+            past_length, mask, documents = 0, attention_mask, None
+        else:
+            past_length = 0 if cache is None else cache.get_seq_length()
+            mask, documents = self._masks(x, attention_mask, position_ids, cache, past_length)
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + past_length
         position_embeddings = self.rotary_emb(x, position_ids)
         routings = []
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # generation that exits early lowers the number
             x, routing = layer(
                 x,
                 position_embeddings=position_embeddings,
