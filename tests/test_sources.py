@@ -147,6 +147,7 @@ def test_a_line_of_ten_megabytes_is_tokenised_in_bounded_memory(tmp_path, tiny_t
         ("a.jsonl", b'{"text": "a"}\n[1, 2]\n{"text": "b"}\n', "expected a JSON object, not list", 2),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b'\n{"text": "b"}\n', "malformed JSON", 2),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"} {"text": "c"}\n{"text": "b"}\n', "more than one value", 2),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n{"text": "b"}\n', "the key 'text' twice", 2),
         ("a.csv", b"text\na\nb,c\nb\n", "more fields", 3),
         ("a.csv", b"text\na\n\xe9\nb\n", "invalid UTF-8: byte 0xe9", 3),
         ("a.tsv", b'text\na\nb\n"c', "malformed TSV", 4),
@@ -162,6 +163,14 @@ def test_a_bad_row_names_its_line_and_the_others_are_read(tmp_path, name, conten
     assert what in bad.what
     assert bad.place == f"{path}:{line}"
     assert sum(isinstance(row, Row) for row in rows) == (1 if name == "a.txt" else 2)
+
+
+def test_a_column_that_a_header_has_twice_is_refused_and_empty_ones_are_not(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,,\na,,\n")
+    assert texts_of(path) == ["a"]
+    path.write_text("text,text\na,b\n")
+    assert [row.what for row in rows_of(path)] == ["the header has the column 'text' twice"]
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ import io
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from minimoe.data.rows import BadRow, Row
-from minimoe.errors import UserError
+from minimoe.errors import UserError, shorten
 
 # Longer texts are cut into documents, so that one big file can be split, shuffled and tokenised in parallel.
 MAX_TEXT_BYTES = 64 * 1024
@@ -118,6 +119,8 @@ def read_table(path: Path, delimiter: str) -> Iterator[Row | BadRow]:
             place = f"{path}:{reader.line_num}"
             if None in values:
                 yield BadRow("more fields than the header has", place)
+            elif twice := _repeated(name for name in reader.fieldnames or () if name):  # spreadsheets leave some empty
+                yield BadRow(f"the header has the column {shorten(twice)} twice", place)
             elif undecoded := _UNDECODED.search("\0".join(filter(None, (*values, *values.values())))):
                 raw = "".join(filter(None, values.values())).encode("utf-8", "surrogateescape")
                 what = f"invalid UTF-8: byte {ord(undecoded[0]) - 0xDC00:#04x}"
@@ -204,18 +207,30 @@ def _read_json_line(path: Path, number: int, raw: bytes) -> Iterable[Row | BadRo
 
 def _json_values(text: str, path: Path, line: int) -> Iterator[Any]:
     """The JSON values that follow each other in a text, which begins with line `line` of the file."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     position = _end_of_space(text, 0)
     while position < len(text):
         try:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             place = f"{path}:{line + error.lineno - 1}"
-            raise BadRow(f"malformed JSON: {error.msg} at column {error.colno}", place) from None
+            raise BadRow(f"malformed JSON: {error.msg.removesuffix(' at')} at column {error.colno}", place) from None
         except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of levels
             raise BadRow(f"malformed JSON: {error}", f"{path}:{line}") from None
         yield value
         position = _end_of_space(text, position)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What Python makes of an object, but that it would keep the last of two values in silence."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"the key {shorten(_repeated(key for key, _ in pairs))} twice in one object")
+    return values
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _end_of_space(text: str, position: int) -> int:
