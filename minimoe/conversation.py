@@ -171,7 +171,7 @@ def either(values: Mapping[str, Any], *names: str) -> Any:
     """
     given = {name: values[name] for name in names if values.get(name) is not None}
     first = next(iter(given.values()), None)
-    for name, value in given.items():
+    for name, value in list(given.items())[1:]:
         if value not in NOTHING and value != first and first not in NOTHING:
             raise BadConversation(
                 f"{next(iter(given))} is {shorten(first)}, and {name} {shorten(value)}; give one of them"

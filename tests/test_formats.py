@@ -98,6 +98,8 @@ def test_tool_calls_are_kept_and_null_content_beside_them_is_empty(arguments):
         ),
         ({"instruction": "q", "output": None}, "output is missing"),
         ({"prompt": "q", "completion": 1}, "completion is 1"),
+        ({"messages": [{"role": "user", "content": float("nan")}]}, "content is nan; a text is needed"),
+        ({"prompt": "a", "completion": "b", "loss_weight": 0.5}, "has no loss_weight, which is 0.5; remove the column"),
     ],
 )
 def test_a_row_that_cannot_be_used_says_why_and_where(values, what):

@@ -29,6 +29,7 @@ _SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")  # columns
 # Left out, these would make a conversation another one.
 _MATTERS = {
     *("history", "images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "label", "documents"),
+    "loss_weight",
     *_SYSTEM,
     *_TOOLS,
 }
