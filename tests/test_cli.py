@@ -56,6 +56,7 @@ def test_texts_that_stop_are_taken_as_they_are(words, stop, monkeypatch):
         (["hello"], "is not key=value"),
         (["--top-k", "1", "top_k=2"], "top_k is given twice"),
         (["temperature=1e-320"], "at least 0.001"),
+        (["--stop", ""], "an empty text ends nothing"),
     ],
 )
 def test_a_wrong_option_is_named(words, message, monkeypatch, capsys):

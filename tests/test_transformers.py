@@ -133,6 +133,7 @@ def test_what_tools_set_on_a_config_is_kept_and_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="does not read sliding_window of config.json"):
         assert AutoModelForCausalLM.from_pretrained(tmp_path).config.sliding_window == 3
+    model = tiny_model()
     model.config.norm_topk_porb = True
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="norm_topk_porb: unknown key, did you mean 'norm_topk_prob'"):

@@ -29,6 +29,13 @@ class GenerationSection(Section):
         "exact", description="int8 rounds them to 8 bits: few prompts at once get faster on a CPU"
     )
 
+    @field_validator("stop")
+    @classmethod
+    def _stops_somewhere(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("an empty text ends nothing")
+        return value
+
     @field_validator("temperature")
     @classmethod
     def _greedy_or_divisible(cls, value: float) -> float:
