@@ -11,11 +11,14 @@ from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
 from minimoe import MiniMoeConfig, MiniMoeForCausalLM
+from minimoe.model.config import num_parameters
 from minimoe.model.losses import IGNORE_INDEX
 
 # Token 0 is drawn nowhere: it is the padding, and `generate` infers a mask from padding inside a prompt.
@@ -81,6 +84,24 @@ def test_logits_equal_glm4_moe_with_sigmoid_router_bias_shared_expert_and_dense_
     model = copied_into(reference, config).train(training)
     input_ids = torch.randint(1, 97, (2, 31))
     torch.testing.assert_close(model(input_ids).logits, reference.eval()(input_ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_logits_and_gradients_equal_llama_without_qk_norm_and_experts(training):
+    torch.manual_seed(0)
+    config = tiny_config(use_qk_norm=False, first_k_dense_replace=2)
+    shapes = {name: getattr(config, name) for name in SHAPES if "expert" not in name and name != "norm_topk_prob"}
+    reference = LlamaForCausalLM(LlamaConfig(**shapes, initializer_range=0.2)).train(training)
+    model = copied_into(reference, config).train(training)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config.to_dict())
+    input_ids = torch.randint(1, 97, (2, 31))
+    ours, expected = model(input_ids, labels=input_ids), reference(input_ids, labels=input_ids)
+    torch.testing.assert_close(ours.logits, expected.logits, **CLOSE)
+    ours.lm_loss.backward()
+    expected.loss.backward()
+    theirs = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, **CLOSE)
 
 
 @pytest.mark.parametrize(

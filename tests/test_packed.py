@@ -40,6 +40,7 @@ VARIANTS = {
     "a key head for every head": {"num_key_value_heads": 4},
     "one key head": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 32},
+    "no QK-norm": {"use_qk_norm": False},
     "scaled rope": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
     "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
 }

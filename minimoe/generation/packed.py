@@ -40,7 +40,7 @@ from minimoe.model.norm import MiniMoeRMSNorm, rms_norm
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
 from minimoe.model.router import TopKRouter
 from minimoe.ops import accelerated, enabled
-from minimoe.ops.heads import prepare_heads
+from minimoe.ops.heads import prepare_heads, rotate_heads
 from minimoe.ops.moe import weighted_swiglu
 
 MAX_BYTES = 2**30  # of weights; larger models are not copied, which takes as much again
@@ -156,9 +156,10 @@ class PackedLayer:
         self._widths = [self._head_dim * heads for heads in (self._heads, self._kv_heads, self._kv_heads)]
         self._qkv = PackedMatrix(weights, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
         self._output = PackedMatrix(weights, attention.o_proj.weight)
-        norms = [attention.q_norm] * self._heads + [attention.k_norm] * self._kv_heads
-        self._gains = torch.stack([norm.weight.detach().float() for norm in norms])  # (H + K, d)
-        self._eps = attention.q_norm.eps
+        norms: list[Any] = [attention.q_norm] * self._heads + [attention.k_norm] * self._kv_heads
+        gains = [norm.weight.detach().float() for norm in norms if config.use_qk_norm]
+        self._gains = torch.stack(gains) if gains else None  # (H + K, d)
+        self._eps = config.rms_norm_eps
         self._input_norm = PackedNorm(layer.input_layernorm)
         self._post_norm = PackedNorm(layer.post_attention_layernorm)
         self._mlp = (
@@ -177,7 +178,10 @@ class PackedLayer:
         """x (T, D) -> (T, D); cos, sin (T, d)."""
         batch, num_tokens = shape
         q, k, v = linear(x, self._qkv, self._input_norm, None).split(self._widths, dim=1)
-        heads = prepare_heads(q, k, v, self._gains, cos, sin, self._eps, num_tokens)
+        if self._gains is not None:
+            heads = prepare_heads(q, k, v, self._gains, cos, sin, self._eps, num_tokens)
+        else:
+            heads = rotate_heads(q, k, v, cos, sin, num_tokens)
         k, v = (y.view(batch, self._kv_heads, num_tokens, -1) for y in (heads.k, heads.v))
         keys, values = cache.update(k, v)  # (B, K, L + n, d)
         q = heads.q.view(batch, self._kv_heads, num_tokens, -1, self._head_dim)

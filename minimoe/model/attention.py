@@ -24,7 +24,7 @@ from minimoe.ops import accelerated, without_autocast
 
 
 class MiniMoeAttention(nn.Module):
-    """Grouped-query attention with QK-norm."""
+    """Grouped-query attention, with QK-norm unless the config has none."""
 
     is_causal = True  # read by transformers' attention functions
 
@@ -42,8 +42,9 @@ class MiniMoeAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = MiniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = MiniMoeRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            MiniMoeRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity() for _ in "qk"
+        )
 
     def forward(
         self,

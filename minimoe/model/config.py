@@ -83,6 +83,7 @@ class MiniMoeConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
+    use_qk_norm: bool = True  # RMS norm of each head's queries and keys; false only for models from elsewhere
     tie_word_embeddings: bool = True
     use_cache: bool = True
 
@@ -215,7 +216,7 @@ def num_parameters(values: Mapping[str, Any], *, active: bool = False) -> int:
     hidden, heads, layers = get["hidden_size"], get["num_attention_heads"], get["num_hidden_layers"]
     head_dim = get["head_dim"] or hidden // heads
     attention = 2 * hidden * head_dim * (heads + get["num_key_value_heads"])
-    norms = 2 * (hidden + head_dim)  # before attention and feed-forward, of queries and keys
+    norms = 2 * (hidden + (head_dim if get["use_qk_norm"] else 0))  # before attention and feed-forward, of its heads
     num_dense = min(get["first_k_dense_replace"], layers)
     num_experts = get["num_experts_per_tok" if active else "num_experts"] + get["n_shared_experts"]
     moe = 3 * hidden * get["moe_intermediate_size"] * num_experts + hidden * get["num_experts"]

@@ -88,6 +88,14 @@ def prepare_heads(
     return Heads(*(group(part, kv_heads, length) for part in (queries, keys, v)))
 
 
+def rotate_heads(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, length: int) -> Heads:
+    """`prepare_heads` of a model without QK-norm."""
+    q, k, v = (x.unflatten(1, (-1, cos.shape[1])) for x in (q, k, v))  # (C*n, heads, d)
+    kv_heads = k.shape[1]
+    q, k = (rotate(x.to(cos.dtype), cos, sin).to(x.dtype) for x in (q, k))
+    return Heads(*(group(part, kv_heads, length) for part in (q, k, v)))
+
+
 @accelerated
 def prepare_heads_backward(q, k, v, gains, cos, sin, eps, length, grad_q, grad_k, grad_v):
     """Gradients of q, k, v and the gains from those of the heads; grad_k and grad_v are in the dtype of the gains."""
