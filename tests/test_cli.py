@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import run_command, write_yaml
 
 from minimoe import __version__
-from minimoe.cli import _large_imports
+from minimoe.cli.app import large_imports
 
 
 def settings_of(monkeypatch, *words: str):
@@ -76,7 +76,7 @@ def test_values_of_a_config_as_options_are_told_how_they_are_written(option, mon
 def test_garbage_is_collected_again_after_the_imports(monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers", raising=False)  # as in a process that has just started
     try:
-        with _large_imports():
+        with large_imports():
             assert not gc.isenabled()
         assert gc.isenabled()
         assert gc.get_freeze_count() > 0

@@ -44,7 +44,9 @@ BELOW = {
         "device",
     }
     | {"tokenizer", "device"},
-    "cli": {"train", "generation", "evaluate", "data", "config", "errors", "openmp"},
+    "extras": {"errors"},
+    "convert": {"loading", "tokenizer", "chat_template", "conversation", "bpe", "model", "folder", "errors", "extras"},
+    "cli": {"train", "generation", "evaluate", "convert", "data", "config", "errors", "openmp"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -71,7 +73,10 @@ def test_every_module_says_what_it_is(path):
     assert not text.strip() or ast.get_docstring(ast.parse(text))
 
 
-@pytest.mark.parametrize("command", ["", "pretrain", "sft", "tokenizer", "preview", "generate", "chat", "evaluate"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "pretrain", "sft", "tokenizer", "preview", "generate", "chat", "evaluate", "export", "import", "upcycle"],
+)
 def test_help_answers_without_importing_torch(command):
     code = (
         "import sys; from minimoe.cli import app\n"

@@ -1,0 +1,5 @@
+"""`python -m minimoe.cli`, as torchrun starts it."""
+
+from minimoe.cli import program
+
+program()

@@ -1,0 +1,113 @@
+"""`minimoe generate | chat | evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minimoe.cli.app import (
+    OVERRIDES,
+    UNDERSCORES,
+    Device,
+    ModelDir,
+    Settings,
+    SettingsFile,
+    app,
+    decoding_options,
+    large_imports,
+)
+
+
+@app.command(
+    context_settings=UNDERSCORES,
+    epilog='Example: minimoe generate runs/quickstart/pretrain/final --prompt "Once upon a time" --temperature 0.7',
+)
+@decoding_options
+def generate(
+    model_dir: ModelDir,
+    settings: Settings = None,
+    prompt: Annotated[str | None, typer.Option(help="the prompt; without it, --file or standard input is read")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help=".txt (a prompt a line), .jsonl or .json (prompt or messages)")
+    ] = None,
+    config: SettingsFile = None,
+    chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the chat template")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
+    device: Device = "auto",
+) -> None:
+    """Generate text; streams to a terminal."""
+    loaded = _generation_settings(config, [*(settings or []), *(["chat=true"] if chat else [])])
+    with large_imports():
+        from minimoe.generation.generate import read_prompts, run
+
+    run(model_dir, read_prompts(prompt, file, sys.stdin), loaded, json_output=json_output, device=device)
+
+
+@app.command(
+    name="chat",
+    context_settings=UNDERSCORES,
+    epilog='Example: minimoe chat runs/quickstart/sft/final --system "Answer briefly."',
+)
+@decoding_options
+def chat_command(
+    model_dir: ModelDir,
+    settings: Settings = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    config: SettingsFile = None,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model in the terminal."""
+    loaded = _generation_settings(config, [*(settings or []), "chat=true"])
+    with large_imports():
+        from minimoe.generation.chat import run
+
+    run(model_dir, loaded, device=device, system=system)
+
+
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: minimoe evaluate runs/quickstart/pretrain/final --data data/quickstart/valid_stories.jsonl",
+)
+def evaluate(
+    model_dir: ModelDir,
+    data: Annotated[
+        str, typer.Option(metavar="PATH", help="file, folder or glob: txt, jsonl, json, csv, tsv, parquet, arrow")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="how documents are read, as in a config, e.g. data.on_bad_rows=skip"),
+    ] = None,
+    answers_only: Annotated[bool, typer.Option("--answers-only", help="score assistant turns only")] = False,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=8, max=1 << 20, help="tokens of context; default: the model's, 1024 at most")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 16,
+    json_output: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
+    device: Device = "auto",
+) -> None:
+    """Loss, perplexity and bits per byte of a model on any data."""
+    with large_imports():
+        from minimoe.evaluate import run
+
+    run(
+        model_dir,
+        data,
+        answers_only=answers_only,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        json_output=json_output,
+        device=device,
+        overrides=overrides or (),
+    )
+
+
+def _generation_settings(config: Path | None, overrides: list[str]) -> Any:
+    from minimoe.config import GenerateRun
+    from minimoe.config.file import load_config
+
+    # Bare, or with their section as the YAML file has them.
+    dotted = [f"generation.{word.removeprefix('generation.')}" for word in overrides]
+    return load_config(GenerateRun, config, dotted).generation
