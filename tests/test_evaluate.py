@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from minimoe.data import shards
 from minimoe.data.loader import open_validation
 from minimoe.errors import StorageError, UserError
-from minimoe.evaluate import Evaluation, evaluate_model, evaluate_source, run
+from minimoe.evaluate.perplexity import Evaluation, evaluate_model, evaluate_source, run
 from minimoe.tokenizer import document_ids
 
 TEXTS = ["The cat sat on the mat.", "Once upon a time there was a boat, a very long boat indeed, and it sailed.", "Hi."]

@@ -28,7 +28,7 @@ BELOW = {
     "tokenizer": {"errors", "chat_template", "conversation", "folder", "hub"},
     "data": {"tokenizer", "conversation", "hub", "user_cache", "config", "errors", "model", "failpoints"},
     "loading": {"tokenizer", "errors", "model", "folder", "device"},
-    "evaluate": {"loading", "data", "tokenizer", "config", "errors", "model", "failpoints"},
+    "evaluate": {"generation", "loading", "data", "tokenizer", "config", "errors", "model", "failpoints", "extras"},
     "generation": {"loading", "conversation", "tokenizer", "config", "errors", "model", "ops"},
     "train": {
         "generation",

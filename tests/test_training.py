@@ -17,7 +17,7 @@ from minimoe.config import PretrainRun, SourceConfig
 from minimoe.config.training import OptimizerConfig, TrainConfig
 from minimoe.data.loader import Batch
 from minimoe.errors import UserError
-from minimoe.evaluate import evaluate_model
+from minimoe.evaluate.perplexity import evaluate_model
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
 from minimoe.tokenizer import load_tokenizer

@@ -19,6 +19,7 @@ from minimoe.cli.app import (
     decoding_options,
     large_imports,
 )
+from minimoe.errors import UserError
 
 
 @app.command(
@@ -74,13 +75,24 @@ def chat_command(
 def evaluate(
     model_dir: ModelDir,
     data: Annotated[
-        str, typer.Option(metavar="PATH", help="file, folder or glob: txt, jsonl, json, csv, tsv, parquet, arrow")
-    ],
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="file, folder or glob: txt, jsonl, json, csv, tsv, parquet, arrow; with --tasks: folder of their rows",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="how documents are read, as in a config, e.g. data.on_bad_rows=skip"),
     ] = None,
     answers_only: Annotated[bool, typer.Option("--answers-only", help="score assistant turns only")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="benchmark tasks: YAML files, folders of them, names of lm-eval's; with commas between"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="rows of each task")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="solved examples before each row of a task")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put a task's questions into the chat template")] = False,
     sequence_length: Annotated[
         int | None, typer.Option(min=8, max=1 << 20, help="tokens of context; default: the model's, 1024 at most")
     ] = None,
@@ -88,9 +100,27 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
     device: Device = "auto",
 ) -> None:
-    """Loss, perplexity and bits per byte of a model on any data."""
+    """Loss, perplexity and bits per byte of a model on any data, or its score in benchmark tasks."""
+    if tasks is not None:
+        _evaluate_tasks(
+            model_dir,
+            tasks,
+            data,
+            unused={"--answers-only": answers_only, "--sequence-length": sequence_length, "KEY=VALUE": overrides},
+            limit=limit,
+            num_fewshot=fewshot,
+            chat=chat,
+            batch_size=batch_size,
+            json_output=json_output,
+            device=device,
+        )
+        return
+    given = {"--limit": limit, "--fewshot": fewshot, "--chat": chat}
+    _refuse(given, "belongs to --tasks, which is not given")
+    if data is None:
+        raise UserError("neither --data nor --tasks is given", fix="say what to score the model on")
     with large_imports():
-        from minimoe.evaluate import run
+        from minimoe.evaluate.perplexity import run
 
     run(
         model_dir,
@@ -102,6 +132,20 @@ def evaluate(
         device=device,
         overrides=overrides or (),
     )
+
+
+def _evaluate_tasks(model_dir: str, tasks: str, data: str | None, unused: dict[str, Any], **options: Any) -> None:
+    _refuse(unused, "is for --data, not for --tasks")
+    with large_imports():
+        from minimoe.evaluate.tasks import run
+
+    run(model_dir, tasks, data, **options)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise UserError(f"{name} {why}")
 
 
 def _generation_settings(config: Path | None, overrides: list[str]) -> Any:

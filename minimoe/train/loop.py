@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from minimoe.config import GenerationSection, TrainingRun
 from minimoe.data.loader import Data
 from minimoe.errors import Preempted
-from minimoe.evaluate import evaluate_model
+from minimoe.evaluate.perplexity import evaluate_model
 from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Engine
 from minimoe.loading import FINAL, quiet_transformers

@@ -62,7 +62,7 @@ def count_correct(answered: list[Row]) -> dict[str, Any]:
 
 def bits_per_byte(model_dir: str, data: Path, device: str) -> dict[str, dict[str, float]]:
     """Of the model and of xz, for the held-out documents of each part."""
-    from minimoe.evaluate import evaluate_source
+    from minimoe.evaluate.perplexity import evaluate_source
 
     result = {}
     for part in PARTS:

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity of texts, and benchmark tasks."""
