@@ -61,7 +61,8 @@ def test_a_checkpoint_is_a_model_folder_of_transformers_without_any_pickle(tmp_p
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = save(tmp_path, trained, 1)
-    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".py"}
+    assert [path.name for path in folder.glob("*.py")] == ["minimoe_classes.py"]  # of one line, an import
     ids = torch.randint(1, 97, (1, 5))
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded(ids).logits, trained[0].eval()(ids).logits)

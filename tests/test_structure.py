@@ -45,7 +45,8 @@ BELOW = {
     }
     | {"tokenizer", "device"},
     "extras": {"errors"},
-    "convert": {"loading", "tokenizer", "chat_template", "conversation", "bpe", "model", "folder", "errors", "extras"},
+    "convert": {"loading", "tokenizer", "chat_template", "conversation", "bpe", "model", "folder", "errors", "extras"}
+    | {"train"},
     "cli": {"train", "generation", "evaluate", "convert", "data", "config", "errors", "openmp"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -75,7 +76,20 @@ def test_every_module_says_what_it_is(path):
 
 @pytest.mark.parametrize(
     "command",
-    ["", "pretrain", "sft", "tokenizer", "preview", "generate", "chat", "evaluate", "export", "import", "upcycle"],
+    [
+        "",
+        "pretrain",
+        "sft",
+        "tokenizer",
+        "preview",
+        "generate",
+        "chat",
+        "evaluate",
+        "export",
+        "import",
+        "upcycle",
+        "push",
+    ],
 )
 def test_help_answers_without_importing_torch(command):
     code = (

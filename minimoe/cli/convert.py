@@ -1,4 +1,4 @@
-"""`minimoe export | import | upcycle`."""
+"""`minimoe export | import | upcycle | push`."""
 
 from __future__ import annotations
 
@@ -89,3 +89,22 @@ def upcycle(
         allow_pickle=allow_pickle,
         json_output=json_output,
     )
+
+
+@app.command(epilog="Example: minimoe push runs/quickstart/sft/final me/my-first-moe --private")
+def push(
+    model_dir: ModelDir,
+    repo: Annotated[str, typer.Argument(metavar="NAME", help="of the repository on the Hugging Face hub: me/model")],
+    private: Annotated[bool, typer.Option("--private", help="make a new repository private")] = False,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="as the hub spells it, for the card: apache-2.0, mit, …")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="write there what would be pushed, and push nothing")
+    ] = None,
+) -> None:
+    """Share a model on the Hugging Face hub, with a model card made of its run."""
+    with large_imports():
+        from minimoe.convert.push import run
+
+    run(model_dir, repo, private=private, license_id=license_id, out=out)

@@ -9,6 +9,7 @@ import importlib
 import typing
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers import GenerationConfig, PreTrainedConfig
@@ -25,6 +26,19 @@ _FOREIGN_KEYS = frozenset(
     "partial_rotary_factor quantization_config".split()
 )
 
+# For who opens a folder of ours without `import minimoe` first, and allows it to: it carries no code but the import.
+_LOADER = "minimoe_classes"
+_LOADER_TEXT = '''"""Lets `transformers` open this folder with trust_remote_code=True, where minimoe is installed."""
+
+from minimoe.model.language_model import *
+'''
+_AUTO_MAP = {
+    "AutoConfig": "MiniMoeConfig",
+    "AutoModel": "MiniMoeModel",
+    "AutoModelForCausalLM": "MiniMoeForCausalLM",
+    "AutoModelForSequenceClassification": "MiniMoeForSequenceClassification",
+    "AutoModelForTokenClassification": "MiniMoeForTokenClassification",
+}
 _UNKNOWN = "unknown key"
 _AT_LEAST_ONE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
@@ -115,6 +129,7 @@ class MiniMoeConfig(PreTrainedConfig):
             raise ValueError("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        kwargs.pop("auto_map", None)  # it is for who opens a file; a model in memory is looked for in no folder
         super().__post_init__(**kwargs)
         importlib.import_module("minimoe.model.language_model")  # which tells transformers what to make of this config
 
@@ -128,6 +143,20 @@ class MiniMoeConfig(PreTrainedConfig):
         for key in foreign:
             setattr(made[0] if isinstance(made, tuple) else made, key, config_dict[key])
         return made
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in transformers, after the module that config.json names for `trust_remote_code`."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / f"{_LOADER}.py").write_text(_LOADER_TEXT, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the classes of `_LOADER` named."""
+        return {**super().to_dict(), "auto_map": {auto: f"{_LOADER}.{name}" for auto, name in _AUTO_MAP.items()}}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing is left to do: every folder names its classes."""
 
     @property
     def num_moe_layers(self) -> int:

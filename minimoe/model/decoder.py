@@ -74,6 +74,10 @@ class MiniMoePreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(MiniMoeAttention, index=1),
     }
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing is left to do: every folder names its classes, see `MiniMoeConfig.save_pretrained`."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -42,6 +42,14 @@ from minimoe.model.losses import (
 )
 from minimoe.model.router import RouterOutput
 
+__all__ = [
+    "MiniMoeConfig",
+    "MiniMoeForCausalLM",
+    "MiniMoeForSequenceClassification",
+    "MiniMoeForTokenClassification",
+    "MiniMoeModel",
+]
+
 
 @dataclass
 class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
