@@ -301,7 +301,11 @@ def test_the_door_gives_the_definitions_results_whatever_stands_behind_it(name):
             compare(name, case, dtype, DEFINITIONS[name])
 
 
-@pytest.mark.parametrize(("name", "number"), [(name, n) for name, forms in FORMS.items() for n in range(len(forms))])
+# Those of meta tensors have no values to compare; tests/test_transformers.py runs them.
+NUMBERED = [(name, n) for name, forms in FORMS.items() for n, form in enumerate(forms) if form.backend != "meta"]
+
+
+@pytest.mark.parametrize(("name", "number"), NUMBERED)
 def test_every_form_is_run_by_some_case(name, number):
     form = FORMS[name][number]
     if form.backend == "cpu" and name == "causal_attention" and number == 0 and not _blocks_are_for_this_cpu():

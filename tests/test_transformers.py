@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload, disk_offload
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +24,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from minimoe import MiniMoeForCausalLM
 from minimoe.errors import UserError
 from minimoe.model.losses import IGNORE_INDEX
 from minimoe.train.callback import SelectionBiasCallback
@@ -198,7 +205,7 @@ def test_the_selection_bias_moves_under_trainer_as_under_minimoe(tmp_path):
         update_selection_bias(wanted, counts, 0.1)
     for layer, other in zip(model.model.layers, wanted.model.layers, strict=True):
         torch.testing.assert_close(layer.mlp.gate.e_score_correction_bias, other.mlp.gate.e_score_correction_bias)
-    with pytest.raises(UserError, match="no MiniMoeForCausalLM in Linear"):
+    with pytest.raises(UserError, match="no minimoe model in Linear"):
         SelectionBiasCallback().on_train_begin(None, None, None, model=nn.Linear(1, 1))
 
 
@@ -214,3 +221,54 @@ def test_continuous_batching_and_early_exit_generate_the_same_tokens(model):
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
     results = model.generate_batch(inputs=prompts, generation_config=settings, continuous_batching_config=small)
     assert [results[f"req_{number}"].generated_tokens for number in range(2)] == expected
+
+
+def test_experts_backends_are_used_when_asked_for(model, batch, tmp_path):
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    for backend in ("grouped_mm", "batched_mm", "eager"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=backend).eval()
+        assert loaded.config._experts_implementation == backend
+        torch.testing.assert_close(loaded(**batch).logits, expected)
+    with pytest.raises(ValueError, match="fastest"):
+        model.set_experts_implementation("fastest")
+
+
+def test_an_experts_backend_runs_in_place_of_the_dispatch_paths():
+    model = tiny_model()
+    assert model.config._experts_implementation == "eager"
+    called = []
+    ALL_EXPERTS_FUNCTIONS.register("counting", lambda module, x, ids, weights: called.append(ids.shape) or x)
+    model.config._experts_implementation = "counting"
+    model(torch.randint(0, 97, (2, 5)))
+    assert called == [(10, 2)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", ["softmax", "sigmoid"])
+def test_shapes_are_computed_without_weights(variant, training, dtype):
+    with torch.device("meta"):
+        model = MiniMoeForCausalLM(tiny_config(**VARIANTS[variant])).to(dtype).train(training)
+    ids = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    outputs = model(ids, labels=ids)
+    assert outputs.logits.is_meta
+    assert outputs.logits.shape == (2, 9, 97)
+    assert outputs.loss.shape == ()
+
+
+@pytest.mark.parametrize("variant", ["softmax", "sigmoid"])
+def test_a_model_is_sharded_by_transformers_own_plans(variant, tmp_path):
+    tiny_model(**VARIANTS[variant]).save_pretrained(tmp_path / "model")
+    worker, result = Path(__file__).parent / "two_ranks_sharded.py", tmp_path / "result.json"
+    launcher = "torch.distributed.run --nproc_per_node 2 --standalone".split()
+    command = [sys.executable, "-m", *launcher, str(worker), str(tmp_path / "model"), str(result)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(result.read_text())
+    assert set(found) == {"tensor", "tensor and experts", "fully sharded", "fully sharded and experts"}
+    for layout, errors in found.items():
+        assert errors["sharded"] > 0, layout
+        assert errors["loss"] < 1e-5, layout
+        assert errors["evaluated"] < 1e-5, layout
+        assert errors["gradients"] < 1e-5, layout

@@ -83,6 +83,31 @@ class MiniMoeConfig(PreTrainedConfig):
         "n_routed_experts": "num_experts",
     }
     auto_map: ClassVar[dict[str, str]] = {}
+    # Which part of a layer tensor, expert and pipeline parallelism put where.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    } | {
+        f"layers.*.mlp.{part}_proj": "rowwise" if part.endswith("down") else "colwise"
+        for part in ("gate", "up", "down", "shared_experts.gate", "shared_experts.up", "shared_experts.down")
+    }
+    base_model_ep_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["x"], ["x"]),
+        "norm": (["x"], ["x"]),
+    }
 
     vocab_size: int = 6400
     hidden_size: int = 512

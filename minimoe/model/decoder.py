@@ -5,6 +5,7 @@ B batch, S sequence, D hidden.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,9 +71,18 @@ class MiniMoePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "router_logits": OutputRecorder(TopKRouter, index=0),
         "hidden_states": OutputRecorder(MiniMoeDecoderLayer, index=0),
         "attentions": OutputRecorder(MiniMoeAttention, index=1),
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Where none is asked for, `eager`: the dispatch paths of the config."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -112,6 +122,8 @@ class MiniMoePreTrainedModel(PreTrainedModel):
 class MiniMoeModel(MiniMoePreTrainedModel):
     """Embedding, layers and final norm, without the language-model head."""
 
+    moves_selection_bias = False  # set by the training loop that does, after each optimizer step
+
     def __init__(self, config: MiniMoeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -140,6 +152,7 @@ class MiniMoeModel(MiniMoePreTrainedModel):
             attention_mask: (B, past + S), 0 for padding; padding may be on either side.
             position_ids: (B, S); positions that restart within a row begin a new document, which sees no other.
         """
+        self._warn_of_a_still_bias()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -167,6 +180,16 @@ class MiniMoeModel(MiniMoePreTrainedModel):
             if routing is not None:
                 routings.append(routing)
         return MiniMoeModelOutput(last_hidden_state=self.norm(x), cache=cache, routings=tuple(routings))
+
+    def _warn_of_a_still_bias(self) -> None:
+        if self.training and self.config.router_bias_update_rate and not self.moves_selection_bias:
+            if torch.compiler.is_compiling():
+                return
+            warnings.warn(
+                "router_bias_update_rate has no effect in this training; a Trainer needs "
+                "callbacks=[SelectionBiasCallback()], from minimoe.train.callback",
+                stacklevel=2,
+            )
 
     def _masks(
         self,

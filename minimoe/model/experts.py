@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.dispatch import DISPATCHES
@@ -23,8 +24,13 @@ class Experts(nn.Module):
     """E functions of rows, and the dispatch path to them. `gate_up_proj` (E, 2I, D) has gate first, `down_proj` is
     (E, D, I)."""
 
+    # What transformers' experts backends ask of the layout of the weights.
+    has_gate, has_bias, has_post_expert_norm, is_transposed, is_concatenated = True, False, False, False, True
+    _is_expert_parallel = False  # set on a module whose experts are shared out
+
     def __init__(self, config: MiniMoeConfig) -> None:
         super().__init__()
+        self.config = config
         self.num_experts = config.num_experts  # on this rank: expert parallelism sets the local number
         width = config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
@@ -37,8 +43,17 @@ class Experts(nn.Module):
 
         The signature is the one that `transformers`' expert parallelism and experts backends look for.
         """
+        backend = self.config._experts_implementation
+        if backend not in (None, "eager"):  # asked for by its name, in place of the two paths
+            return ALL_EXPERTS_FUNCTIONS[backend](self, hidden_states, top_k_index, top_k_weights)
         dispatch = self.train_dispatch if self.training else self.eval_dispatch
         return dispatch(hidden_states, top_k_index, top_k_weights, self)
+
+    @staticmethod
+    def _apply_gate(gate_up: Tensor) -> Tensor:
+        """(n, 2I) -> (n, I), for those backends."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
     def __len__(self) -> int:
         return self.num_experts

@@ -70,6 +70,8 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
     """Decoder with a language-model head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: MiniMoeConfig) -> None:
         super().__init__(config)

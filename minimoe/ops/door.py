@@ -27,6 +27,7 @@ BACKENDS = {
     "c": "compiled from our C++ for this CPU",
     "cpu": "torch's calls, arranged for a CPU",
     "cuda": "torch's calls, arranged for a GPU",
+    "meta": "shapes alone, for tensors without values",
 }
 VARIABLE = "MINIMOE_OPS"
 P = ParamSpec("P")

@@ -323,8 +323,18 @@ def _suits_one_by_one(tokens: Tensor, expert_ids: Tensor, weights: Tensor, exper
     )
 
 
+def _shape_alone(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> Tensor:
+    return torch.empty_like(tokens)
+
+
+def _suits_meta(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
+    """How many rows an expert has is a value, and so unknown: the definitions cannot run."""
+    return tokens.is_meta
+
+
 for path in ("replicated", "grouped"):
     FORMS[path] += [
+        Form("meta", _suits_meta, _shape_alone),
         Form("cpu", _suits_one_by_one, _one_by_one),
         Form("cpu", _suits_cpu, _on_cpu),
         Form("cuda", _suits_device, _on_device),

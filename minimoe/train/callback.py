@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from minimoe.errors import UserError
-from minimoe.model.language_model import MiniMoeForCausalLM
+from minimoe.model.decoder import MiniMoeModel
+from minimoe.model.losses import expert_counts
 from minimoe.train.optim import update_selection_bias
 
 
@@ -31,13 +32,13 @@ class SelectionBiasCallback(TrainerCallback):
         Raises:
             UserError: the trainer has another model.
         """
-        self._model = next((module for module in model.modules() if isinstance(module, MiniMoeForCausalLM)), None)
+        self._model = next((module for module in model.modules() if isinstance(module, MiniMoeModel)), None)
         if self._model is None:
-            raise UserError(
-                f"SelectionBiasCallback: no MiniMoeForCausalLM in {type(model).__name__}", fix="leave the callback out"
-            )
+            raise UserError(f"SelectionBiasCallback: no minimoe model in {type(model).__name__}", fix="leave it out")
         self._counts = None
-        self._hook = self._model.register_forward_hook(self._count)
+        # Of the decoder: TRL's trainers call it, and compute logits and losses themselves.
+        self._hook = self._model.register_forward_hook(self._count, with_kwargs=True)
+        self._model.moves_selection_bias = True
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bias by the counts of all ranks."""
@@ -51,7 +52,13 @@ class SelectionBiasCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop counting."""
         self._hook.remove()
+        if self._model is not None:
+            self._model.moves_selection_bias = False
 
-    def _count(self, module: Any, inputs: Any, outputs: Any) -> None:
-        if module.training and outputs.expert_counts is not None:
-            self._counts = outputs.expert_counts + (0 if self._counts is None else self._counts)
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
+        if module.training and outputs.routings:
+            mask = kwargs.get("attention_mask")
+            real = mask.bool().flatten() if mask is not None and mask.dim() == 2 else None  # (T,)
+            num_experts = module.config.num_experts
+            counts = torch.stack([expert_counts(routing.expert_ids, num_experts, real) for routing in outputs.routings])
+            self._counts = counts if self._counts is None else self._counts + counts

@@ -135,6 +135,7 @@ def _prepare(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
     optimizers = build_optimizers(model, config.optimizer)
+    model.model.moves_selection_bias = True
     state = TrainerState(data_fingerprint=data.fingerprint, config=values)
     if resume:
         state = resume_run(folder / CHECKPOINTS, model, optimizers, accelerator, state)
