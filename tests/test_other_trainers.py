@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -99,9 +98,11 @@ def test_a_trainer_without_the_callback_says_that_the_bias_stays(tmp_path, tiny_
 
 
 def test_a_quantised_model_is_saved_and_loaded(folder, tmp_path):
+    reason = "torchao is not installed: where it is, it logs into every process that imports transformers"
+    quantization = pytest.importorskip("torchao.quantization", reason=reason)
     ids = torch.randint(0, 400, (2, 9))
     exact = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
-    config = TorchAoConfig(Int8WeightOnlyConfig())
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).eval()
     expected = quantised(ids).logits
     assert (expected - exact).abs().max() > 1e-3

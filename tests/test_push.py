@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,3 +134,35 @@ def test_a_folder_opens_without_import_minimoe_for_who_trusts_it(trained, tmp_pa
     )
     assert "generated_text" in result.stdout, result.stderr
     assert (trained / "minimoe_classes.py").read_text().count("import") == 1
+
+
+def test_transformers_serves_a_folder_and_chats_with_it(trained, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers"]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    served = [*command, "serve", str(trained), "--trust-remote-code", "--device", "cpu", "--port", str(port)]
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(served, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    base = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):  # it answers once the model is loaded
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/v1/models") as answer:
+                assert json.load(answer)["data"][0]["id"] == str(trained)
+                break
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        words = {"model": str(trained), "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{base}/v1/chat/completions", json.dumps(words).encode(), headers)
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] <= 4
+        client = [*command, "chat", str(trained), f"{base}/v1", "max_new_tokens=4", "do_sample=False"]
+        typed = {"input": "hello\n!exit\n", "capture_output": True, "text": True}
+        chat = subprocess.run(client, **typed, env=environment, cwd=tmp_path, check=False, timeout=120)
+        assert f"<{trained}>:" in chat.stdout.replace("\n", ""), chat.stderr
+    finally:
+        server.kill()
+        server.wait()
+        log.close()

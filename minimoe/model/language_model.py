@@ -28,6 +28,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import _LazyModule
 
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.decoder import MiniMoeModel, MiniMoeModelOutput, MiniMoePreTrainedModel, cache_by_its_old_name
@@ -213,6 +214,10 @@ def register() -> None:
     AutoModelForCausalLM.register(MiniMoeConfig, MiniMoeForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(MiniMoeConfig, MiniMoeForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(MiniMoeConfig, MiniMoeForTokenClassification, exist_ok=True)
+    for model in (MiniMoeForCausalLM, MiniMoeForSequenceClassification, MiniMoeForTokenClassification, MiniMoeModel):
+        # `transformers serve` looks them up in the package. That puts a second module in its own place while it loads,
+        # so they are given to all of its lazy modules.
+        setattr(_LazyModule, model.__name__, model)
     # Qwen2-MoE's mapping: mlp.experts.{e}.{gate,up,down}_proj.weight on disk, stacked in memory.
     mapping = get_checkpoint_conversion_mapping("qwen2_moe")
     register_checkpoint_conversion_mapping("minimoe", mapping, overwrite=True)
