@@ -190,12 +190,13 @@ def run(
         listed = [asdict(result) | {"centered": result.centered} for result in results]
         print(json.dumps({"tasks": listed, "core": average}))
         return
-    table = Table(Column("task", no_wrap=True), "rows", "metric", "value", "guessing", "rescaled", box=SIMPLE)
+    columns = [Column(name, no_wrap=True) for name in ("task", "rows", "metric", "value", "guessing", "rescaled")]
+    table = Table(*columns, box=SIMPLE, padding=(0, 0))
     for result in results:
         error = "" if result.standard_error is None else f" ± {result.standard_error:.3f}"
         chance = "" if result.chance is None else f"{result.chance:.3f}"
         centered = "" if result.centered is None else f"{result.centered:+.3f}"
-        value = f"{result.value:.3f}{error}"
+        value = f"{result.value:.3f}{error}" if result.value < 1000 else f"{result.value:.2e}"
         table.add_row(result.task, f"{result.num_rows:,}", result.metric, value, chance, centered)
     if average is not None and len(results) > 1:
         table.add_section()

@@ -154,14 +154,19 @@ class MiniMoeConfig(PreTrainedConfig):
             raise ValueError("; ".join(f"{key}: {problem}" for key, problem in problems.items()))
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not self.n_shared_experts:
+            plan = self.base_model_tp_plan
+            self.base_model_tp_plan = {part: way for part, way in plan.items() if "shared" not in part}  # type: ignore[misc]
         kwargs.pop("auto_map", None)  # it is for who opens a file; a model in memory is looked for in no folder
         super().__post_init__(**kwargs)
         importlib.import_module("minimoe.model.language_model")  # which tells transformers what to make of this config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers. Keys like none of ours, which tools set on any config, are kept and named."""
-        foreign = [key for key, problem in unknown_keys(config_dict).items() if problem == _UNKNOWN]
+        """As in transformers. Keys that are no misspelled ones, which tools set on any config, are kept and named."""
+        # What is there was not misspelled.
+        missing = [field.name for field in dataclasses.fields(cls) if field.name not in config_dict]
+        foreign = [key for key in unknown_keys(config_dict) if not suggestion(key, missing)]
         if foreign:
             warnings.warn(f"minimoe does not read {', '.join(foreign)} of config.json", stacklevel=2)
         made = super().from_dict({key: config_dict[key] for key in config_dict if key not in foreign}, **kwargs)

@@ -26,7 +26,12 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import _LazyModule
 
@@ -207,17 +212,22 @@ class MiniMoeForTokenClassification(GenericForTokenClassification, MiniMoePreTra
 
 def register() -> None:
     """Make `transformers`' Auto classes know minimoe; experts are split on disk."""
-    # By its class name here `Trainer` knows that labels are to be shifted, as for label smoothing.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minimoe"] = MiniMoeForCausalLM.__name__
+    # By its class name here `Trainer` knows that labels are to be shifted, and a pipeline what a model is for.
+    for names, model in (
+        (MODEL_MAPPING_NAMES, MiniMoeModel),
+        (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MiniMoeForCausalLM),
+        (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MiniMoeForSequenceClassification),
+        (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, MiniMoeForTokenClassification),
+    ):
+        names["minimoe"] = model.__name__
+        # `transformers serve` looks them up in the package. That puts a second module in its own place while it loads,
+        # so they are given to all of its lazy modules.
+        setattr(_LazyModule, model.__name__, model)
     AutoConfig.register("minimoe", MiniMoeConfig, exist_ok=True)
     AutoModel.register(MiniMoeConfig, MiniMoeModel, exist_ok=True)
     AutoModelForCausalLM.register(MiniMoeConfig, MiniMoeForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(MiniMoeConfig, MiniMoeForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(MiniMoeConfig, MiniMoeForTokenClassification, exist_ok=True)
-    for model in (MiniMoeForCausalLM, MiniMoeForSequenceClassification, MiniMoeForTokenClassification, MiniMoeModel):
-        # `transformers serve` looks them up in the package. That puts a second module in its own place while it loads,
-        # so they are given to all of its lazy modules.
-        setattr(_LazyModule, model.__name__, model)
     # Qwen2-MoE's mapping: mlp.experts.{e}.{gate,up,down}_proj.weight on disk, stacked in memory.
     mapping = get_checkpoint_conversion_mapping("qwen2_moe")
     register_checkpoint_conversion_mapping("minimoe", mapping, overwrite=True)

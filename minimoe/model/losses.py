@@ -58,8 +58,8 @@ def expert_counts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = No
     """
     chosen = expert_ids.flatten()  # (T*k,)
     ones = torch.ones_like(chosen) if mask is None else mask.repeat_interleave(expert_ids.shape[1]).to(chosen.dtype)
-    # scatter_add_ rather than bincount: a masked slot adds 0 without a data-dependent shape.
-    return torch.zeros(num_experts, dtype=chosen.dtype, device=chosen.device).scatter_add_(0, chosen, ones)
+    # scatter_add rather than bincount: a masked slot adds 0 without a data-dependent shape.
+    return torch.zeros(num_experts, dtype=chosen.dtype, device=chosen.device).scatter_add(0, chosen, ones)
 
 
 def load_balancing_loss(
