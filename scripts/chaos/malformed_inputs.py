@@ -233,7 +233,9 @@ def command_lines(draw: st.DrawFn) -> Case:
     key, value = draw(bad_settings)
     if kind == "unknown":
         key = draw(unknown_keys).replace(".", "")
-    return Case((*prompt, f"--{key.replace('_', '-')}={value}" if kind == "flag" else f"{key}={value}"))
+    if kind == "flag" and key != "stop":  # after --stop any value is a text to stop at
+        return Case((*prompt, f"--{key.replace('_', '-')}={value}"))
+    return Case((*prompt, f"{key}={value}"))
 
 
 _NO_SIZE: list[Any] = [-1, 0, 1.5, "x", None, [], 10**12, 10**400, float("nan")]
