@@ -71,7 +71,7 @@ class StorageError(MinimoeError):
 
 
 @contextmanager
-def disk_errors(what: str, where: Path) -> Iterator[None]:
+def disk_errors(what: str, where: Path, again: str = "start the same command with --resume") -> Iterator[None]:
     """Turn the system's errors of writing into a `StorageError`: `what` could not be written at `where`."""
     try:
         yield
@@ -83,7 +83,7 @@ def disk_errors(what: str, where: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {what}: {reason}",
             where=str(where),
-            fix="free space or give permission, then start the same command with --resume",
+            fix=f"free space or give permission, then {again}",
         ) from error
 
 

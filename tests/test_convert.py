@@ -17,6 +17,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from minimoe.cli import main
+from minimoe.config import PretrainRun
 from minimoe.convert.export import export_folder
 from minimoe.convert.gguf_file import export_gguf
 from minimoe.convert.imports import import_folder
@@ -24,6 +25,7 @@ from minimoe.convert.receipt import BAR
 from minimoe.convert.upcycle import upcycle_folder
 from minimoe.errors import UserError
 from minimoe.loading import load_model
+from minimoe.train import pretrain, sft
 
 DENSE = {"first_k_dense_replace": 2}
 SHARED = {"scoring_func": "sigmoid", "n_shared_experts": 2, "routed_scaling_factor": 1.5}
@@ -160,6 +162,10 @@ def test_the_commands_print_a_receipt_and_refuse_a_used_folder(folder, tmp_path,
     assert re.search(r"noise .* 0.01 moves a logit by up to", capsys.readouterr().out)
     assert command("export", ours, "--to", "mixtral", "--out", out + "4") == 2
     assert "--to mixtral: unknown, known: qwen3-moe, glm4-moe" in capsys.readouterr().err
+    assert command("export", ours, "--max-shard-size", "lots", "--out", out + "4") == 2
+    assert "--max-shard-size lots: no size" in capsys.readouterr().err
+    assert command("import", "Qwen/Qwen3-30B-A3B", "--out", out + "4") == 2
+    assert "hf download Qwen/Qwen3-30B-A3B --local-dir" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -255,6 +261,19 @@ def test_a_pickle_is_read_only_when_asked_for(minimind, tmp_path):
         import_folder(source, str(tmp_path / "out"))
     assert "--allow-pickle" in refusal.value.fix
     assert import_folder(source, str(tmp_path / "out"), allow_pickle=True)[1].passed
+
+
+def test_an_imported_model_is_fine_tuned_and_an_upcycled_one_trains_on(folder, tmp_path, sft_config, pretrain_config):
+    export_folder(folder(scoring_func="sigmoid"), str(tmp_path / "out"))
+    import_folder(str(tmp_path / "out"), str(tmp_path / "back"))
+    sft.run(sft_config(tmp_path / "back", max_steps=2), resume=False)
+    upcycle_folder(folder("dense", **DENSE), str(tmp_path / "moe"), 4, 2, noise=0.05)
+    config = pretrain_config(max_steps=2).model_dump() | {"init_from": str(tmp_path / "moe")}
+    pretrain.run(PretrainRun.model_validate(config | {"tokenizer": None, "model": None}), resume=False)
+    for source, run in (("back", "sft"), ("moe", "run")):
+        before, after = weights(tmp_path / source), weights(tmp_path / run / "final")
+        name = "model.layers.1.mlp.experts.down_proj"
+        assert not torch.equal(before[name], after[name])
 
 
 @pytest.mark.parametrize(("num_experts", "k", "slices"), [(4, 2, 1), (4, 1, 1), (8, 4, 2), (12, 3, 3), (4, 4, 4)])

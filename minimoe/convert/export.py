@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def new_folder(out: str) -> Iterator[Path]:
     target = Path(out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out} exists and is not an empty folder", fix="choose another or remove it")
-    with disk_errors("the model", target):
+    with disk_errors("the model", target, again="start the same command again"):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -148,6 +149,9 @@ def run(model_dir: str, out: str, *, to: str | None, json_output: bool, **option
         return
     if to is not None and to not in LAYOUTS:
         raise UserError(f"--to {to}: unknown, known: {', '.join([*LAYOUTS, 'gguf'])}")
+    size = options["max_shard_size"]
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]I?B", size.upper()):
+        raise UserError(f"--max-shard-size {size}: no size", fix="give one such as 500MB or 2GB")
     if options["dtype"] is not None and options["dtype"] not in DTYPES:
         raise UserError(f"--dtype {options['dtype']}: unknown, known for a folder: {', '.join(DTYPES)}")
     name, receipt = export_folder(model_dir, out, to, **options)

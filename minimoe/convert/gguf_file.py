@@ -41,7 +41,7 @@ from minimoe.convert.receipt import (
 )
 from minimoe.errors import MinimoeError, UserError
 from minimoe.extras import extra
-from minimoe.loading import quiet_transformers
+from minimoe.loading import FINAL, quiet_transformers
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
 
@@ -135,7 +135,8 @@ def _glm_fillers(config: MiniMoeConfig) -> dict[str, Tensor]:
 def _write(gguf: Any, path: Path, model: MiniMoeForCausalLM, tokenizer: Any, name: str, kind: str) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, name)
-    writer.add_name(config._name_or_path.rstrip("/").rpartition("/")[2] or "minimoe")
+    source = Path(config._name_or_path)
+    writer.add_name(source.parent.name if source.name == FINAL else source.name)
     writer.add_file_type(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"))
     _add_config(gguf, writer, config, name)
     _add_tokenizer(gguf, writer, tokenizer, config.vocab_size)

@@ -69,6 +69,9 @@ def open_foreign(model_dir: str, allow_pickle: bool = False) -> tuple[MiniMoeFor
     Raises:
         UserError: as `import_folder`.
     """
+    if not Path(model_dir).expanduser().exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model_dir):
+        fix = f"if it is on the hub, download it first: hf download {model_dir} --local-dir NAME"
+        raise UserError(f"model folder not found: {model_dir}", fix=fix)
     folder = model_folder(model_dir)
     check_folder(folder)
     kind = read_object(folder / "config.json").get("model_type")

@@ -127,7 +127,8 @@ def run_tasks(
             )
         except (KeyError, ValueError, OSError, ConnectionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"lm-eval cannot run the tasks: {reason[:300]}") from error
+            fix = "`lm-eval ls tasks` lists what it knows, and reads from the hub; or give a .yaml file"
+            raise UserError(f"lm-eval cannot run the tasks: {reason[:300]}", fix=fix) from error
     return [_result(found, name) for name in found["results"] if name in found["samples"]]
 
 
