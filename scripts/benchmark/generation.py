@@ -29,7 +29,8 @@ def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
     weights: WeightsName = "int8" if subject.endswith("int8") else "exact"
     ours = subject.startswith("minimoe")
     model: Any = build_model("minimoe" if ours else subject, shape).to(device, dtype).eval()
-    complete = with_engine(model, weights, batch) if ours else with_transformers(model, batch)
+    compiled = device == "cuda" and not subject.endswith("eager")
+    complete = with_engine(model, weights, batch, compiled) if ours else with_transformers(model, batch)
 
     def run() -> dict[str, float]:
         reset_peak(device)
@@ -48,7 +49,7 @@ def decode(subject: str, shape: Shape, batch: int, device: str) -> Run:
     return run
 
 
-def with_engine(model: Any, weights: WeightsName, batch: int) -> Any:
+def with_engine(model: Any, weights: WeightsName, batch: int, compiled: bool) -> Any:
     """A function (prompt's length, new tokens) that completes `batch` prompts with minimoe's engine."""
     text = Path(__file__).read_text(encoding="utf-8")
     engine = Engine(model, train_bpe(iter([text] * 4), 1024))
@@ -69,7 +70,7 @@ def with_engine(model: Any, weights: WeightsName, batch: int) -> Any:
             top_p=1,
             batch_size=batch,
             weights=weights,
-            compile=model.device.type == "cuda",
+            compile=compiled,
         )
         for completion in engine.generate(prompts[length], settings):
             assert (completion.prompt_tokens, completion.new_tokens) == (length, count), completion

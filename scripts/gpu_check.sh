@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# What a GPU computes and how fast, in at most 8 minutes: bash scripts/gpu_check.sh [OUT] [--device cpu]
+# Needs Python with torch and minimoe's other core packages; no network. Results are written to OUT as they come.
+set -euo pipefail
+out=$(realpath -m "${1:-runs/gpu_check}")
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] && . .venv/bin/activate
+exec "${PYTHON:-python3}" -m scripts.gpu_check "$out" "${@:2}"
