@@ -204,10 +204,10 @@ def test_shared_experts_that_are_weighted_for_each_token_are_refused(tmp_path, t
 
 @pytest.fixture
 def minimind(folder, tmp_path, tiny_tokenizer):
-    """A folder as minimind wrote them in April 2025, made of a model of ours."""
+    """A folder as minimind wrote them in April 2025, or with QK-norm since March 2026, made of a model of ours."""
 
-    def make(pickle: bool = False, **overrides):
-        model, _ = load_model(folder(use_qk_norm=False, **overrides), "cpu")
+    def make(pickle: bool = False, use_qk_norm: bool = False, **overrides):
+        model, _ = load_model(folder(use_qk_norm=use_qk_norm, **overrides), "cpu")
         config, width, tensors = model.config, model.config.moe_intermediate_size, {}
         for key, value in model.state_dict().items():
             place, _, last = key.rpartition(".")
@@ -224,10 +224,14 @@ def minimind(folder, tmp_path, tiny_tokenizer):
             elif key != "model.embed_tokens.weight":  # tied: saved as lm_head
                 tensors[key] = value
         same = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act"
-        same += " max_position_embeddings rms_norm_eps num_experts_per_tok n_shared_experts scoring_func norm_topk_prob"
+        same += " max_position_embeddings rms_norm_eps num_experts_per_tok norm_topk_prob"
+        same += " num_experts moe_intermediate_size head_dim" if use_qk_norm else " n_shared_experts scoring_func"
         values = {key: getattr(config, key) for key in same.split()}
-        values |= {"model_type": "minimind", "use_moe": True, "rope_theta": 10000.0, "n_routed_experts": 6}
-        values |= {"intermediate_size": width, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0}
+        values |= {"model_type": "minimind", "use_moe": config.num_moe_layers > 0, "rope_theta": 10000.0}
+        values |= {"bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0}
+        values["intermediate_size"] = width if config.num_moe_layers and not use_qk_norm else config.intermediate_size
+        if not use_qk_norm:
+            values["n_routed_experts"] = config.num_experts
         (tmp_path / "mind").mkdir()
         (tmp_path / "mind" / "config.json").write_text(json.dumps(values))
         tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
@@ -243,16 +247,33 @@ def minimind(folder, tmp_path, tiny_tokenizer):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{"n_shared_experts": 2}, {}, {"num_experts_per_tok": 1, "norm_topk_prob": False, "n_shared_experts": 1}],
-    ids=["two shared experts", "none", "one expert a token"],
+    [
+        {"n_shared_experts": 2},
+        {},
+        {"num_experts_per_tok": 1, "norm_topk_prob": False, "n_shared_experts": 1},
+        DENSE,
+        {"use_qk_norm": True},
+        {"use_qk_norm": True, **DENSE},
+    ],
+    ids=["two shared experts", "none", "one expert a token", "dense", "2026", "2026 dense"],
 )
-def test_minimind_folders_of_2025_are_read(minimind, tmp_path, overrides):
+def test_minimind_folders_are_read(minimind, tmp_path, overrides):
     config, receipt = import_folder(minimind(**overrides), str(tmp_path / "out"))
     assert receipt.passed
     assert config.n_shared_experts == overrides.get("n_shared_experts", 0)
     ids = torch.randint(0, 400, (2, 30))
     ours, imported = (load_model(tmp_path / name, "cpu")[0] for name in ("ours", "out"))
     torch.testing.assert_close(imported(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mistral_folder_is_read_as_what_it_is(folder, tmp_path):
+    export_folder(folder(use_qk_norm=False, **DENSE), str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert import_folder(str(tmp_path / "out"), str(tmp_path / "back"))[1].passed
+    before, after = weights(tmp_path / "ours"), weights(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_a_pickle_is_read_only_when_asked_for(minimind, tmp_path):

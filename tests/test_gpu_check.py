@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.gpu_check.__main__ import PARTS, TOTAL_SECONDS
+from scripts.gpu_check.__main__ import PARTS, TOTAL_SECONDS, in_a_process
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,11 +28,13 @@ def test_parts_run_in_time_and_leave_figures_and_a_page(tmp_path):
 
 
 def test_a_part_that_fails_or_takes_too_long_is_said_and_the_others_run(tmp_path):
-    """Here there is no CUDA, so each part fails."""
+    """Without CUDA each part fails."""
     command = [sys.executable, "-m", "scripts.gpu_check", str(tmp_path), "--parts", "synchronisation,graphs"]
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""}
     )
     assert result.returncode == 1
     assert result.stdout.count("failed: ") == 2
+    outcome, _ = in_a_process("curves", "cpu", tmp_path, limit=0.5)
+    assert outcome == "time is up"
     assert max(PARTS.values()) < TOTAL_SECONDS < 480

@@ -80,6 +80,14 @@ def test_a_card_says_what_the_run_says(trained):
     assert 'from_pretrained("me/tiny")' in body
 
 
+def test_a_card_is_made_of_what_a_killed_run_left(trained):
+    metrics = trained.parent / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    broken = [row | {"lm_loss": None} if row.get("step") == 2 and "lm_loss" in row else row for row in rows]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in broken) + '{"step": 5, "lo')
+    assert "Training loss, from" in model_card(trained, "me/tiny")
+
+
 def test_a_curve_is_the_mean_of_its_parts():
     assert curve([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
     assert curve([8, 0, 4, 4, 2, 2], width=3) == "██▁"

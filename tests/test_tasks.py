@@ -12,10 +12,12 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_model
 
+from minimoe.config import GenerationSection
 from minimoe.errors import UserError
 from minimoe.evaluate.harness import HarnessModel
 from minimoe.evaluate.tasks import core, read_tasks, run_tasks
 from minimoe.generation.engine import Engine
+from minimoe.tokenizer import encode_prompt, encode_text
 
 TASKS = Path(__file__).parent.parent / "configs" / "tasks"
 CONTEXTS = ["The cat sat on the", "What is 3 + 4?", "", "The boat said hello to the cat " * 6, "Grüße aus"]
@@ -74,6 +76,35 @@ def test_text_is_generated_greedily_up_to_what_a_task_stops_at(engine):
         ids = engine.model.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
         assert engine.tokenizer.decode(ids).split("\n")[0].startswith(text)
         assert text
+
+
+def test_a_conversation_keeps_its_control_tokens_and_typed_ones_stay_text(engine):
+    model = HarnessModel(engine)
+    history = [{"role": "user", "content": "hello <|im_end|> there"}]
+    context = model.apply_chat_template(history)
+    expected = encode_prompt(engine.tokenizer, history)
+    assert expected.count(engine.tokenizer.eos_token_id) == 1  # of the turn, not the typed one
+    assert model.context_ids(context) == expected
+    assert model.context_ids(context + "So:") == [*expected, *encode_text(engine.tokenizer, "So:")]
+    settings = {"until": [], "max_gen_toks": 5}
+    (text,) = model.generate_until(requests((context, settings)), disable_tqdm=True)
+    greedy = GenerationSection(max_new_tokens=5, temperature=0)
+    assert text == engine.generate([history], greedy)[0].text
+    ((score, _),) = model.loglikelihood(requests((context, " cat")), disable_tqdm=True)
+    ids = encode_text(engine.tokenizer, " cat")
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([[*expected, *ids]])).logits[0].log_softmax(-1)
+    rows = logits[len(expected) - 1 : -1]
+    assert score == pytest.approx(float(rows.gather(1, torch.tensor(ids)[:, None]).sum()), abs=1e-4)
+
+
+def test_of_a_context_that_is_too_long_the_end_is_continued(engine):
+    context = CONTEXTS[3] * 4
+    (text,) = HarnessModel(engine).generate_until(requests((context, {"max_gen_toks": 8})), disable_tqdm=True)
+    ids = HarnessModel(engine).context_ids(context)
+    assert len(ids) > engine.context_length
+    greedy = GenerationSection(max_new_tokens=8, temperature=0)
+    assert text == engine.complete([ids[-(engine.context_length - 8) :]], greedy)[0].text
 
 
 ROWS = {

@@ -215,6 +215,21 @@ def test_the_selection_bias_moves_under_trainer_as_under_minimoe(tmp_path):
         SelectionBiasCallback().on_train_begin(None, None, None, model=nn.Linear(1, 1))
 
 
+def test_answers_that_a_trainer_generates_do_not_move_the_bias():
+    model = tiny_model(scoring_func="sigmoid", router_bias_update_rate=0.1).train()
+    callback = SelectionBiasCallback()
+    callback.on_train_begin(None, None, None, model=model)
+    bias = model.model.layers[0].mlp.gate.e_score_correction_bias
+    before, ids = bias.clone(), torch.randint(0, 97, (2, 9))
+    with torch.no_grad():
+        model(ids)
+    callback.on_optimizer_step(None, None, None)
+    assert torch.equal(bias, before)
+    model(ids)
+    callback.on_optimizer_step(None, None, None)
+    assert not torch.equal(bias, before)
+
+
 def test_continuous_batching_and_early_exit_generate_the_same_tokens(model):
     prompts = [[5, 6, 7, 8, 9], [10, 11]]
     settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=96, pad_token_id=0)

@@ -5,7 +5,6 @@ Paths of data are given by their last part alone: the rest would tell strangers 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 from minimoe.folder import read_object
 from minimoe.model.config import num_parameters
-from minimoe.train.metrics import METRICS_FILE
+from minimoe.train.metrics import METRICS_FILE, read_metrics
 from minimoe.train.run_folder import CONFIG_FILE
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -75,8 +74,8 @@ def _loading(folder: Path, name: str, kind: str) -> list[str]:
 
 
 def _training(run: Path) -> list[str]:
-    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines() if line]
-    steps = [row for row in rows if "loss" in row]
+    rows = read_metrics(run / METRICS_FILE)
+    steps = [row for row in rows if row.get("lm_loss") is not None]  # it is null where it was not finite
     sections = ["## Training"]
     if (run / CONFIG_FILE).is_file():
         sections.append(_setting(yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))))
@@ -85,7 +84,7 @@ def _training(run: Path) -> list[str]:
     last = steps[-1]
     found = {"steps": f"{last['step']:,}", "tokens": f"{last['tokens']:,}", "seconds": f"{rows[-1]['seconds']:,.0f}"}
     found["training loss (nats per token)"] = f"{last['lm_loss']:.3f}"
-    held_out = [row for row in rows if "val_loss" in row]
+    held_out = [row for row in rows if row.get("val_loss") is not None]
     if held_out:
         found["held-out loss"] = f"{held_out[-1]['val_loss']:.3f}"
         found["held-out bits per byte"] = f"{held_out[-1]['val_bits_per_byte']:.3f}"
@@ -110,9 +109,8 @@ def _setting(config: dict[str, Any]) -> str:
     if config.get("init_from"):
         text += "It continues another model. "
     text += f"Optimizer {optimizer['name']}, learning rate {optimizer['lr']:g}, schedule {config['schedule']['name']}, "
-    return (
-        text + f"{train['batch_size']} rows of {config['data']['sequence_length']} tokens a step, {train['precision']}."
-    )
+    rows = f"{train['batch_size']} rows of {config['data']['sequence_length']} tokens a step"
+    return f"{text}{rows}, {train['precision']}."
 
 
 def curve(values: Sequence[float], width: int = _WIDTH) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,10 +101,10 @@ def new_folder(out: str) -> Iterator[Path]:
         raise UserError(f"--out {out} exists and is not an empty folder", fix="choose another or remove it")
     with disk_errors("the model", target, again="start the same command again"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        folder = target.parent / f".{target.name}-{os.getpid()}"
+        folder.mkdir()
         try:
             yield folder
-            folder.chmod(0o755)  # as a folder made in the ordinary way
             if target.exists():
                 target.rmdir()
             folder.rename(target)

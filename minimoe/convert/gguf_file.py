@@ -294,11 +294,11 @@ def _receipt(name: str, path: Path, model: MiniMoeForCausalLM, tokenizer: Any, f
 
 
 def _by_llama_cpp(path: Path, model: MiniMoeForCausalLM, tokenizer: Any, facts: dict[str, Any]) -> Receipt:
-    llama_cpp = extra("llama_cpp", "gguf")
+    llama_cpp = importlib.import_module("llama_cpp")
     exact = {"type_k": 0, "type_v": 0, "flash_attn": False}  # keys and values in float32
     program = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, **exact)
     prompts, logits, continued, texts = token_ids(tokenizer), [], [], []
-    for ids, text in zip(prompts, filter(tokenizer, PROMPTS), strict=True):
+    for ids, text in zip(prompts, PROMPTS, strict=True):
         program.reset()
         program.eval(ids)
         logits.append(torch.tensor(program.scores[: len(ids)].copy()))

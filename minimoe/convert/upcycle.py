@@ -12,6 +12,7 @@ E experts, k experts per token, D hidden, F dense width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def upcycle_folder(
         reloaded, _ = load_model(target, "cpu", torch.float32)
         moved = largest_difference(all_logits(reloaded, prompts), before)
         size = folder_bytes(target)
-    return model.config, Receipt(**{**vars(receipt), "num_bytes": size}), moved
+    return model.config, replace(receipt, num_bytes=size), moved
 
 
 def _moe_config(dense: MiniMoeConfig, num_experts: int, k: int, slices: int, first_k_dense: int) -> MiniMoeConfig:

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from minimoe.config import GenerationSection
+from minimoe.conversation import conversation
 from minimoe.generation.engine import Engine
-from minimoe.tokenizer import boundary_id, encode_text
+from minimoe.tokenizer import boundary_id, encode_conversation, encode_prompt, encode_text
 
 # Tokens scored together: rows of small models then have matmuls of a good size, and logits stay small.
 ROW = 2048
@@ -32,14 +33,15 @@ class HarnessModel(TemplateLM):
 
     Args:
         engine: model and tokenizer.
-        chat: contexts are rendered conversations, whose control tokens count, instead of a document's beginning.
         batch_size: texts that are generated together.
     """
 
-    def __init__(self, engine: Engine, chat: bool = False, batch_size: int = 16) -> None:
+    def __init__(self, engine: Engine, batch_size: int = 16) -> None:
         super().__init__()
-        self.engine, self.tokenizer, self.chat = engine, engine.tokenizer, chat
+        self.engine, self.tokenizer = engine, engine.tokenizer
         self._boundary, self._batch_size = boundary_id(engine.tokenizer), batch_size
+        # lm-eval hands contexts on as text, where a conversation's control tokens look like typed ones.
+        self._conversations: dict[str, list[int]] = {}  # ids by that text
 
     @property
     def eot_token_id(self) -> int:
@@ -52,21 +54,36 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text."""
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """A conversation as text, whose ids are remembered."""
+        messages = conversation(chat_history)
+        ids = (encode_prompt if add_generation_prompt else encode_conversation)(self.tokenizer, messages)
+        text = self.tokenizer.decode(ids)
+        self._conversations[text] = ids
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; a control token that a task spells out is text, but in a conversation."""
-        if self.chat:
-            return self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        """Ids of a text; a control token that a task spells out is text."""
         return encode_text(self.tokenizer, string)
 
+    def context_ids(self, context: str) -> list[int]:
+        """Ids of a conversation, with what a task may put behind it, or of a text, which begins as documents do."""
+        text = self._conversation_in(context)
+        if text is None:
+            return [self._boundary, *self.tok_encode(context)]
+        return self._conversations[text] + self.tok_encode(context[len(text) :])
+
+    def _conversation_in(self, context: str) -> str | None:
+        """The conversation that a context begins with."""
+        if context in self._conversations:
+            return context
+        return max((text for text in self._conversations if context.startswith(text)), key=len, default=None)
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's; a context that is no conversation begins as documents do."""
+        """As lm-eval's for a text. After a conversation the model speaks, and no token reaches over that border."""
+        if self._conversation_in(context) is not None:
+            return self.context_ids(context), self.tok_encode(continuation)
         before, after = super()._encode_pair(context, continuation)
-        return before if self.chat else [self._boundary, *before], after
+        return [self._boundary, *before], after
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **unused: Any
@@ -105,7 +122,7 @@ class HarnessModel(TemplateLM):
         scores = logits.float().log_softmax(dim=-1)  # (len(kept), V)
         results = {}
         for number, continuation, place in places:
-            rows, targets = scores[place], torch.tensor(continuation, device=device)
+            rows, targets = scores[place], torch.tensor(continuation, dtype=torch.long, device=device)
             chosen = rows.gather(1, targets[:, None]).sum()
             results[number] = (chosen.item(), bool((rows.argmax(dim=-1) == targets).all()))
         return results
@@ -140,16 +157,13 @@ class HarnessModel(TemplateLM):
         ]
         for numbers in _shown(batches, "generating", disable_tqdm):
             settings = _settings(requests[numbers[0]].args[1], self._batch_size)
-            prompts = [self._room_for(requests[number].args[0], settings.max_new_tokens) for number in numbers]
-            for number, completion in zip(numbers, self.engine.generate(prompts, settings), strict=True):
+            # Of a context that is too long its end, with room for an answer.
+            length = self.engine.context_length
+            room = max(1, length - min(settings.max_new_tokens, length // 2))
+            prompts = [self.context_ids(requests[number].args[0])[-room:] for number in numbers]
+            for number, completion in zip(numbers, self.engine.complete(prompts, settings), strict=True):
                 texts[number] = completion.text
         return [texts[number] for number in range(len(requests))]
-
-    def _room_for(self, context: str, max_new_tokens: int) -> str:
-        """The end of a context that is too long."""
-        room = max(1, self.engine.context_length - 1 - min(max_new_tokens, self.engine.context_length // 2))
-        ids = self.tok_encode(context)
-        return context if len(ids) <= room else self.tokenizer.decode(ids[-room:])
 
 
 def _settings(asked: dict[str, Any], batch_size: int) -> GenerationSection:

@@ -118,7 +118,7 @@ def run_tasks(
     with _quiet():
         try:
             found = lm_eval.simple_evaluate(
-                HarnessModel(engine, chat, batch_size),
+                HarnessModel(engine, batch_size),
                 tasks=list(tasks),
                 num_fewshot=num_fewshot,
                 limit=limit,

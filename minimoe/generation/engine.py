@@ -158,10 +158,13 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSection) -> list[Completion]:
         """Complete all prompts, `settings.batch_size` at a time; results are in the order of the prompts."""
+        return self.complete([self.encode(prompt, settings.chat) for prompt in prompts], settings)
+
+    def complete(self, prompts: Sequence[list[int]], settings: GenerationSection) -> list[Completion]:
+        """`generate` for prompts that are token ids already, each with room in the context for a new token."""
         seen: Counter[tuple[int, ...]] = Counter()
         rows = []
-        for prompt in prompts:
-            ids = self.encode(prompt, settings.chat)
+        for ids in prompts:
             rows.append(self._row(ids, settings, occurrence=seen[tuple(ids)]))
             seen[tuple(ids)] += 1
         # Neighbours of similar length need little padding.

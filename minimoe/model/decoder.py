@@ -182,9 +182,8 @@ class MiniMoeModel(MiniMoePreTrainedModel):
         return MiniMoeModelOutput(last_hidden_state=self.norm(x), cache=cache, routings=tuple(routings))
 
     def _warn_of_a_still_bias(self) -> None:
-        if self.training and self.config.router_bias_update_rate and not self.moves_selection_bias:
-            if torch.compiler.is_compiling():
-                return
+        still = self.training and self.config.router_bias_update_rate and not self.moves_selection_bias
+        if still and not torch.compiler.is_compiling():  # a warning is no part of a graph
             warnings.warn(
                 "router_bias_update_rate has no effect in this training; a Trainer needs "
                 "callbacks=[SelectionBiasCallback()], from minimoe.train.callback",
@@ -217,6 +216,13 @@ class MiniMoeModel(MiniMoePreTrainedModel):
             and_mask_function=None if documents is None else documents.mask_function(),
         )
         return mask, None
+
+
+def real_tokens(attention_mask: Tensor | None, sequence: int) -> Tensor | None:
+    """Which of the B*S tokens are no padding, (T,) bool, where a mask (B, past + S) says so."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -sequence:].bool().flatten()
 
 
 @dataclass

@@ -36,7 +36,13 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import _LazyModule
 
 from minimoe.model.config import MiniMoeConfig
-from minimoe.model.decoder import MiniMoeModel, MiniMoeModelOutput, MiniMoePreTrainedModel, cache_by_its_old_name
+from minimoe.model.decoder import (
+    MiniMoeModel,
+    MiniMoeModelOutput,
+    MiniMoePreTrainedModel,
+    cache_by_its_old_name,
+    real_tokens,
+)
 from minimoe.model.losses import (
     IGNORE_INDEX,
     expert_counts,
@@ -160,9 +166,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             result.expert_counts = torch.zeros(0, self.config.num_experts, dtype=torch.long, device=self.device)
             return
         batch, sequence, _ = shape
-        mask = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask = attention_mask[:, -sequence:].bool().flatten()  # (T,)
+        mask = real_tokens(attention_mask, sequence)
         per_sequence = batch if self.config.router_aux_loss_type == "sequence" else None
         balance = [load_balancing_loss(r.probabilities, r.expert_ids, mask, per_sequence) for r in routings]
         result.load_balancing_loss = result.aux_loss = torch.stack(balance).mean()

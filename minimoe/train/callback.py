@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from minimoe.errors import UserError
-from minimoe.model.decoder import MiniMoeModel
+from minimoe.model.decoder import MiniMoeModel, real_tokens
 from minimoe.model.losses import expert_counts
 from minimoe.train.optim import update_selection_bias
 
@@ -56,9 +56,9 @@ class SelectionBiasCallback(TrainerCallback):
             self._model.moves_selection_bias = False
 
     def _count(self, module: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-        if module.training and outputs.routings:
-            mask = kwargs.get("attention_mask")
-            real = mask.bool().flatten() if mask is not None and mask.dim() == 2 else None  # (T,)
+        # Answers that a trainer lets the model generate, and references, are computed without gradients.
+        if module.training and torch.is_grad_enabled() and outputs.routings:
+            real = real_tokens(kwargs.get("attention_mask"), outputs.last_hidden_state.shape[1])
             num_experts = module.config.num_experts
             counts = torch.stack([expert_counts(routing.expert_ids, num_experts, real) for routing in outputs.routings])
             self._counts = counts if self._counts is None else self._counts + counts

@@ -183,23 +183,28 @@ class MetricsLogger:
             self.print(f"[bold yellow]warning[/] wandb failed ({escape(str(error))}); {METRICS_FILE} goes on")
 
 
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of a run, without the torn last line of a killed process."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
 def _drop_rows_after(file: Path, step: int) -> float:
     """Keep rows up to `step`: what an interrupted run logged later will be logged again. Returns their seconds."""
     if not file.exists():
         return 0.0
-    kept, seconds = [], 0.0
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] <= step:
-                kept.append(line + "\n")
-                seconds = float(row.get("seconds", seconds))
-        except (ValueError, KeyError, TypeError):
-            continue  # the torn last line of a killed process
+    kept = [row for row in read_metrics(file) if row["step"] <= step]
     replacement = file.with_suffix(".tmp")
-    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     replacement.replace(file)
-    return seconds
+    return float(kept[-1].get("seconds", 0.0)) if kept else 0.0
 
 
 def _json_safe(value: Any) -> Any:

@@ -39,7 +39,7 @@ TOTAL_SECONDS = 470
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bash scripts/gpu_check.sh", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder of the results")
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/gpu_check"), help="folder [runs/gpu_check]")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny sizes, to test the script")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -56,7 +56,9 @@ def main() -> int:
     started, failed = time.monotonic(), 0
     for name in options.parts.split(","):
         left = TOTAL_SECONDS - (time.monotonic() - started)
-        outcome, seconds = _in_a_process(name, options, min(PARTS[name], left)) if left > 5 else ("no time left", 0.0)
+        outcome, seconds = "no time left", 0.0
+        if left > 5:
+            outcome, seconds = in_a_process(name, options.device, options.out, min(PARTS[name], left))
         wrong = _wrong(options.out, name)
         if wrong:
             outcome += f", {wrong} figures are wrong"
@@ -80,12 +82,12 @@ def _wrong(out: Path, name: str) -> int:
     return sum(row["part"] == name and row.get("right") is False for row in rows)
 
 
-def _in_a_process(name: str, options: argparse.Namespace, limit: float) -> tuple[str, float]:
+def in_a_process(name: str, device: str, out: Path, limit: float) -> tuple[str, float]:
     """How a part ended, and its seconds."""
-    command = [sys.executable, "-m", "scripts.gpu_check", str(options.out), "--device", options.device, "--part", name]
+    command = [sys.executable, "-m", "scripts.gpu_check", str(out), "--device", device, "--part", name]
     command += ["--limit", str(limit)]
     started = time.monotonic()
-    log = options.out / f"{name}.log"
+    log = out / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:

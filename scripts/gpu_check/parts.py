@@ -32,6 +32,7 @@ from scripts.benchmark.machine import ceilings
 
 Figures = Iterator[dict[str, Any]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ROOT = Path(__file__).parents[2]
 TEXT = [Path(__file__).read_text(encoding="utf-8")] * 8
 
 
@@ -248,6 +249,6 @@ def resume(device: str) -> Figures:
 
 def _pretrain(folder: Path, run: str, words: list[str], kill_at: int | None = None) -> int:
     failpoint = {} if kill_at is None else {"MINIMOE_FAILPOINTS": f"train.step@{kill_at}=kill"}
-    command = [sys.executable, "-m", "minimoe.cli", "pretrain", "configs/quickstart/pretrain.yaml"]
+    command = [sys.executable, "-m", "minimoe.cli", "pretrain", str(_ROOT / "configs/quickstart/pretrain.yaml")]
     command += [*words, f"output_dir={folder}/{run}"]
     return subprocess.run(command, env=os.environ | failpoint, check=False).returncode
