@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
+from minimoe import adapters
 from minimoe.device import pick_device
 from minimoe.errors import UserError
 from minimoe.folder import check_folder, read_object
@@ -28,7 +29,7 @@ FIX = "give a folder with config.json and model.safetensors, such as RUN/final o
 
 
 def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> tuple[Any, Any]:
-    """Open a model folder, or a run folder that has `final/`.
+    """Open a model folder, or a run folder that has `final/`. An adapter is merged into its base model.
 
     Args:
         path: a local folder.
@@ -44,6 +45,11 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
     folder = model_folder(path)
     target = pick_device(device)
     check_folder(folder)
+    if adapters.is_adapter(folder):
+        base, _ = load_model(adapters.base_of(folder), "cpu", dtype)
+        model, tokenizer = adapters.merged(base, folder), load_tokenizer(str(folder))
+        check_vocabulary(model, tokenizer, str(folder))
+        return model.to(target).eval(), tokenizer
     _check_size(folder)
     with quiet_transformers():
         try:
@@ -92,7 +98,7 @@ def model_folder(path: str | Path) -> Path:
         kind = "is a file, not a folder" if folder.exists() else "not found"
         raise UserError(f"model folder {kind}: {folder}", fix=FIX)
     for candidate in (folder, folder / FINAL):
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or adapters.is_adapter(candidate):
             return candidate
     raise UserError(f"no model in {folder}: neither config.json nor {FINAL}/config.json", fix=FIX)
 

@@ -15,8 +15,10 @@ from tiny import tiny_model
 from minimoe.config import OptimizerConfig
 from minimoe.errors import CheckpointError, StorageError
 from minimoe.train import checkpoint
-from minimoe.train.checkpoint import BackgroundSaver, TrainerState
+from minimoe.train import saver as saver_module
+from minimoe.train.checkpoint import TrainerState
 from minimoe.train.optim import build_optimizers
+from minimoe.train.saver import BackgroundSaver
 
 
 @pytest.fixture
@@ -185,7 +187,7 @@ def test_background_saves_are_of_the_moment_they_were_asked_for_and_never_two_at
         save_now(*arguments)
         writing.pop()
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(saver_module, "save", slow)
     weight = model.lm_head.weight
     saved = weight.detach().clone()
     with BackgroundSaver(tmp_path, model, tokenizer, keep_last=9) as saver:

@@ -37,6 +37,7 @@ DEFINITIONS = {
     "causal_attention": attention.causal_attention,
     "rms_norm": norm.rms_norm,
     "hidden_loss": losses.hidden_loss,
+    "token_logprobs": losses.token_logprobs,
     "router_logits": router.router_logits,
     "orthogonalise": optim.orthogonalise,
     "linear": packed.linear,
@@ -188,6 +189,11 @@ CASES: dict[str, list[Case]] = {
     ],
     "hidden_loss": [
         Case(f"{n} rows{'' if grad else ', values'}", partial(loss_of, n, grad))
+        for n in (3, 1500)
+        for grad in (True, False)
+    ],
+    "token_logprobs": [
+        Case(f"{n} rows{'' if grad else ', values'}", lambda dtype, n=n, g=grad: (*loss_of(n, g, dtype)[:3], 0.7))
         for n in (3, 1500)
         for grad in (True, False)
     ],

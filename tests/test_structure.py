@@ -27,7 +27,8 @@ BELOW = {
     "bpe": {"tokenizer", "chat_template"},
     "tokenizer": {"errors", "chat_template", "conversation", "folder", "hub"},
     "data": {"tokenizer", "conversation", "hub", "user_cache", "config", "errors", "model", "failpoints"},
-    "loading": {"tokenizer", "errors", "model", "folder", "device"},
+    "adapters": {"config", "errors", "extras", "folder"},
+    "loading": {"adapters", "tokenizer", "errors", "model", "folder", "device"},
     "evaluate": {
         "conversation",
         "generation",
@@ -40,8 +41,9 @@ BELOW = {
         "failpoints",
         "extras",
     },
-    "generation": {"loading", "conversation", "tokenizer", "config", "errors", "model", "ops"},
+    "generation": {"adapters", "loading", "conversation", "tokenizer", "config", "errors", "model", "ops"},
     "train": {
+        "adapters",
         "generation",
         "bpe",
         "evaluate",
@@ -56,7 +58,18 @@ BELOW = {
     }
     | {"tokenizer", "device"},
     "extras": {"errors"},
-    "convert": {"loading", "tokenizer", "chat_template", "conversation", "bpe", "model", "folder", "errors", "extras"}
+    "convert": {
+        "adapters",
+        "loading",
+        "tokenizer",
+        "chat_template",
+        "conversation",
+        "bpe",
+        "model",
+        "folder",
+        "errors",
+        "extras",
+    }
     | {"train"},
     "cli": {"train", "generation", "evaluate", "convert", "data", "config", "errors", "openmp"},
 }

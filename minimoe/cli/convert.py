@@ -1,4 +1,4 @@
-"""`minimoe export | import | upcycle | push`."""
+"""`minimoe export | import | upcycle | merge | push`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def import_command(model_dir: Foreign, out: Out, allow_pickle: AllowPickle = Fal
         from minimoe.convert.imports import run
 
     run(model_dir, out, allow_pickle=allow_pickle, json_output=json_output)
+
+
+@app.command(epilog="Example: minimoe merge runs/quickstart/lora/final --out models/merged")
+def merge(
+    adapter_dir: Annotated[str, typer.Argument(metavar="ADAPTER_DIR", help="the final/ of a run with lora:")],
+    out: Out,
+    base: Annotated[
+        str | None, typer.Option(metavar="DIR", help="the base model, if it is no longer where it was in training")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Add an adapter to its base model's weights: an ordinary model folder, compared with the two."""
+    with large_imports():
+        from minimoe.convert.merge import run
+
+    run(adapter_dir, out, base=base, json_output=json_output)
 
 
 @app.command(

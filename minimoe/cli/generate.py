@@ -21,6 +21,11 @@ from minimoe.cli.app import (
 )
 from minimoe.errors import UserError
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="DIR", help="an adapter of the model; give several to compare them"),
+]
+
 
 @app.command(
     context_settings=UNDERSCORES,
@@ -36,6 +41,7 @@ def generate(
     ] = None,
     config: SettingsFile = None,
     chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the chat template")] = False,
+    adapter: Adapters = None,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     device: Device = "auto",
 ) -> None:
@@ -44,7 +50,8 @@ def generate(
     with large_imports():
         from minimoe.generation.generate import read_prompts, run
 
-    run(model_dir, read_prompts(prompt, file, sys.stdin), loaded, json_output=json_output, device=device)
+    prompts = read_prompts(prompt, file, sys.stdin)
+    run(model_dir, prompts, loaded, adapter_dirs=adapter or (), json_output=json_output, device=device)
 
 
 @app.command(
@@ -58,6 +65,7 @@ def chat_command(
     settings: Settings = None,
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     config: SettingsFile = None,
+    adapter: Adapters = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal."""
@@ -65,7 +73,7 @@ def chat_command(
     with large_imports():
         from minimoe.generation.chat import run
 
-    run(model_dir, loaded, device=device, system=system)
+    run(model_dir, loaded, adapter_dirs=adapter or (), device=device, system=system)
 
 
 @app.command(

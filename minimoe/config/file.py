@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from minimoe.config import PretrainRun, Section, SftRun, TrainingRun
+from minimoe.config import DistilRun, DpoRun, GrpoRun, PretrainRun, Section, SftRun, TrainingRun
 from minimoe.config.strict_yaml import parse, read_yaml
 from minimoe.errors import UserError, shorten, suggestion
 
 Config = TypeVar("Config", bound=Section)
-TRAINING_RUNS: dict[str, type[TrainingRun]] = {kind.stage: kind for kind in (PretrainRun, SftRun)}
+TRAINING_RUNS: dict[str, type[TrainingRun]] = {
+    kind.stage: kind for kind in (PretrainRun, DistilRun, DpoRun, GrpoRun, SftRun)
+}
 
 
 def load_config(kind: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -44,7 +46,9 @@ def load_config(kind: type[Config], path: str | Path | None, overrides: Sequence
     for note in _drop_what_is_replaced(values, given):
         _say(f"{note} ({path})")
     if kind is TrainingRun:
-        stages: Any = reversed(TRAINING_RUNS.values())  # what could be either is no pretraining: that has a model
+        stages: Any = reversed(
+            TRAINING_RUNS.values()
+        )  # what could be several is SFT: the others have a section of their own
         kind = max(stages, key=lambda stage: len(values.keys() & stage.model_fields.keys()))
     try:
         return kind.model_validate(values)
@@ -74,7 +78,7 @@ def _apply_override(values: dict[str, Any], lines: dict[str, str], override: str
     *parents, last = key.strip().split(".")
     target = values
     for depth, parent in enumerate(parents):
-        child = target.setdefault(parent, {})
+        child = target[parent] = target[parent] if target.get(parent) is not None else {}
         if not isinstance(child, dict):
             dotted = ".".join(parents[: depth + 1])
             raise UserError(

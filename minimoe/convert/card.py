@@ -87,7 +87,8 @@ def _training(run: Path) -> list[str]:
     held_out = [row for row in rows if row.get("val_loss") is not None]
     if held_out:
         found["held-out loss"] = f"{held_out[-1]['val_loss']:.3f}"
-        found["held-out bits per byte"] = f"{held_out[-1]['val_bits_per_byte']:.3f}"
+        if held_out[-1].get("val_bits_per_byte") is not None:
+            found["held-out bits per byte"] = f"{held_out[-1]['val_bits_per_byte']:.3f}"
     sections.append(_table(("measure", "value"), list(found.items())))
     losses = [row["lm_loss"] for row in steps]
     sections.append(f"Training loss, from {losses[0]:.2f} to {losses[-1]:.2f}:\n\n```\n{curve(losses)}\n```")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minimoe import tokenizer as tok
-from minimoe.config import DataConfig, Stage
+from minimoe.config import DataConfig, Encoding
 from minimoe.data.formats import Document, document_texts
 from minimoe.errors import MinimoeError, StorageError, UserError
 from minimoe.failpoints import failpoint
@@ -55,16 +55,16 @@ class Encoded:
 
 
 def encode_all(
-    chunks: Iterator[Chunk], tokenizer: PreTrainedTokenizerBase, stage: Stage, data: DataConfig
+    chunks: Iterator[Chunk], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, data: DataConfig
 ) -> Iterator[Encoded]:
     """Encoded chunks in order, by several processes where there is enough data for it to pay."""
     head = list(islice(chunks, CHUNKS_IN_PROCESS + 1))
     workers = data.num_processes or _available_cores()
     if workers == 1 or len(head) <= CHUNKS_IN_PROCESS:
         for chunk in chain(head, chunks):
-            yield encode(chunk, tokenizer, stage, data.sequence_length)
+            yield encode(chunk, tokenizer, encoding, data.sequence_length)
         return
-    settings = (tokenizer, stage, data.sequence_length)
+    settings = (tokenizer, encoding, data.sequence_length)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=settings)
     pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
     try:
@@ -107,11 +107,11 @@ def _result(chunk: Chunk, future: Future[Encoded]) -> Encoded:
 _worker: dict[str, Any] = {}  # settings of this process, when it is a worker
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_length: int) -> None:
+def _start_worker(tokenizer: PreTrainedTokenizerBase, encoding: Encoding, sequence_length: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to every process of a run; the main one ends the pool
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker.update(tokenizer=tokenizer, stage=stage, sequence_length=sequence_length)
+    _worker.update(tokenizer=tokenizer, encoding=encoding, sequence_length=sequence_length)
 
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:
@@ -122,11 +122,11 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, stage: Stage, sequence_length: int) -> Encoded:
+def encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, sequence_length: int) -> Encoded:
     """Token ids of a chunk's documents."""
     if failpoint("tokenise.chunk") == "raise":
         raise ValueError("a failpoint")
-    sft = stage == "sft"
+    sft = encoding == "sft"
     encoded = _encode_sft(chunk, tokenizer, sequence_length) if sft else _encode_pretrain(chunk, tokenizer)
     encoded.characters = sum(num_characters(document) for document, _ in chunk)
     return encoded

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from minimoe.config import DataConfig, SourceConfig, Stage
+from minimoe.config import DataConfig, Encoding, SourceConfig
 from minimoe.data.packing import Documents, PackedRow, Packing, SplitPacking, WholePacking
 from minimoe.data.shards import Corpus, prepare
 from minimoe.data.sources import describe
@@ -162,29 +162,29 @@ class Data:
     ignored: Mapping[str, int] = field(default_factory=dict)  # rows with a column that their format does not read
 
 
-def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage, seed: int) -> Data:
+def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, seed: int) -> Data:
     """Tokenise what is not cached, split and pack.
 
     Raises:
         UserError: unusable data, or no row to train on.
     """
-    corpora = [prepare(source, data, tokenizer, stage) for source in data.train]
+    corpora = [prepare(source, data, tokenizer, encoding) for source in data.train]
     chosen = [np.arange(corpus.num_documents) for corpus in corpora]
     validation: Validation | None = None
     validation_fingerprints: list[str] = []
     if data.validation is not None:
-        validation, validation_fingerprints = _open_validation(data.validation, data, tokenizer, stage)
+        validation, validation_fingerprints = _open_validation(data.validation, data, tokenizer, encoding)
     elif data.validation_fraction > 0:
         chosen, held_out = split_documents([len(ids) for ids in chosen], data, seed)
         if sum(map(len, held_out)):
             documents = Documents.select(corpora, held_out)
-            validation = Validation(documents, _pack(documents, data, tokenizer, stage, 0, shuffle=False))
+            validation = Validation(documents, _pack(documents, data, tokenizer, encoding, 0, shuffle=False))
 
     weights = [source.weight for source in data.train if source.weight is not None]
     pools = [Documents.select([corpus], [ids]) for corpus, ids in zip(corpora, chosen, strict=True)]
     if not weights:
         pools = [Documents.select(corpora, chosen)]
-    packings = [_pack(pool, data, tokenizer, stage, seed) for pool in pools]
+    packings = [_pack(pool, data, tokenizer, encoding, seed) for pool in pools]
     if not all(packing.num_rows for packing in packings):
         sources = ", ".join(describe(source) for source in data.train)
         tokens = sum(int(pool.lengths.sum()) for pool in pools)
@@ -201,25 +201,25 @@ def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
         validation=validation,
         counts=counts,
         ignored=_ignored(corpora),
-        fingerprint=_fingerprint(corpora, validation_fingerprints, data, stage),
+        fingerprint=_fingerprint(corpora, validation_fingerprints, data, encoding),
     )
 
 
 def open_validation(
-    sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+    sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Validation:
     """Every document of the sources, for `minimoe evaluate`; `data` gives sequence length and cache."""
-    return _open_validation(sources, data.model_copy(update={"max_validation_documents": None}), tokenizer, stage)[0]
+    return _open_validation(sources, data.model_copy(update={"max_validation_documents": None}), tokenizer, encoding)[0]
 
 
 def _open_validation(
-    sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+    sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> tuple[Validation, list[str]]:
-    corpora = [prepare(source, data, tokenizer, stage) for source in sources]
+    corpora = [prepare(source, data, tokenizer, encoding) for source in sources]
     chosen = [np.arange(corpus.num_documents) for corpus in corpora]
     hashes = [document_hashes(len(ids), 0, number) for number, ids in enumerate(chosen)]
     documents = Documents.select(corpora, _cap(chosen, hashes, data.max_validation_documents))
-    packing = _pack(documents, data, tokenizer, stage, 0, shuffle=False)
+    packing = _pack(documents, data, tokenizer, encoding, 0, shuffle=False)
     return Validation(documents, packing, _ignored(corpora)), [corpus.fingerprint for corpus in corpora]
 
 
@@ -282,22 +282,22 @@ def _pack(
     documents: Documents,
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    stage: Stage,
+    encoding: Encoding,
     seed: int,
     shuffle: bool = True,
 ) -> Packing:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    strategy = WholePacking if stage == "sft" else SplitPacking
+    strategy = WholePacking if encoding == "sft" else SplitPacking
     return strategy(documents, data.sequence_length, seed, pad_id, shuffle)
 
 
-def _fingerprint(corpora: Sequence[Corpus], validation: Sequence[str], data: DataConfig, stage: Stage) -> str:
+def _fingerprint(corpora: Sequence[Corpus], validation: Sequence[str], data: DataConfig, encoding: Encoding) -> str:
     parts = [
         [corpus.fingerprint for corpus in corpora],
         [source.weight for source in data.train],
         list(validation),
         None if validation else data.validation_fraction,
         data.sequence_length,
-        stage,
+        encoding,
     ]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

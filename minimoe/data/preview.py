@@ -30,7 +30,7 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
     console = console or Console()
     tokenizer = load_tokenizer(config.tokenizer_source)
     set_chat_template(tokenizer, config.chat_template)
-    data = open_data(config.data, tokenizer, config.stage, config.seed)
+    data = open_data(config.data, tokenizer, config.encoding, config.seed)
     loader = data.train
     count = min(count, loader.rows_per_epoch)
     batch = loader.batch(step=0, batch_size=count)

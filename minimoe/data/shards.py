@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from filelock import FileLock, Timeout
 
-from minimoe.config import DataConfig, SourceConfig, Stage
+from minimoe.config import DataConfig, Encoding, SourceConfig
 from minimoe.data import sources
 from minimoe.data.encode import Chunk, encode_all, num_characters
 from minimoe.data.formats import Counts, read_documents
@@ -59,13 +59,13 @@ class Corpus:
         return len(self.num_bytes)
 
 
-def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> Corpus:
+def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Corpus:
     """Open the source's shard, building it first if it is not in the cache.
 
     Raises:
         UserError: bad rows, no usable row, a format the stage cannot take, token ids outside the vocabulary.
     """
-    fingerprint = _fingerprint(source, data, tokenizer, stage)
+    fingerprint = _fingerprint(source, data, tokenizer, encoding)
     cache = Path("the cache")
     try:
         cache = Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else user_cache()
@@ -78,7 +78,7 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
                 shutil.rmtree(folder, ignore_errors=True)
                 temporary = Path(tempfile.mkdtemp(prefix=f"{fingerprint}.building-", dir=cache))
                 try:
-                    _build(temporary, source, data, tokenizer, stage)
+                    _build(temporary, source, data, tokenizer, encoding)
                     temporary.rename(folder)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -98,7 +98,7 @@ def _sweep(cache: Path, held: str) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> str:
+def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> str:
     """Hash of contents, tokenizer and every setting that decides the shard."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -109,8 +109,8 @@ def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTo
         "tokenizer": hashlib.blake2b(vocabulary.encode()).hexdigest(),
         "template": str(tokenizer.chat_template),
         "special": tokenizer.special_tokens_map,
-        "stage": stage,
-        "sequence_length": data.sequence_length if stage == "sft" else None,  # pretraining cuts rows later
+        "stage": encoding,
+        "sequence_length": data.sequence_length if encoding == "sft" else None,  # pretraining cuts rows later
         "max_documents": data.max_documents,
         "on_bad_rows": data.on_bad_rows,
     }
@@ -151,7 +151,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _build(
-    folder: Path, source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, stage: Stage
+    folder: Path, source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
@@ -159,17 +159,17 @@ def _build(
     dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
     skipped = Counts()
     counts = dict.fromkeys(("documents", "tokens", "bytes", "truncated", "dropped"), 0)
-    names = ["tokens.bin", "offsets.bin", "num_bytes.bin"] + (["learned.bin"] if stage == "sft" else [])
+    names = ["tokens.bin", "offsets.bin", "num_bytes.bin"] + (["learned.bin"] if encoding == "sft" else [])
     files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in names}
     try:
         np.zeros(1, np.int64).tofile(files["offsets.bin"])
-        chunks = _chunks(source, data, stage, skipped)
+        chunks = _chunks(source, data, encoding, skipped)
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             # Characters of text are somewhat less than bytes of the files, so the bar may end a little early.
             bar = progress.add_task(f"tokenising {sources.describe(source)}", total=sources.total_bytes(source))
-            for encoded in encode_all(chunks, tokenizer, stage, data):
+            for encoded in encode_all(chunks, tokenizer, encoding, data):
                 encoded.tokens.astype(dtype).tofile(files["tokens.bin"])
                 (counts["tokens"] + np.cumsum(encoded.lengths)).astype(np.int64).tofile(files["offsets.bin"])
                 encoded.num_bytes.astype(np.int64).tofile(files["num_bytes.bin"])
@@ -192,7 +192,7 @@ def _build(
         )
     meta = {
         "dtype": np.dtype(dtype).name,
-        "learned": stage == "sft",
+        "learned": encoding == "sft",
         "counts": counts | {"bad_rows": skipped.bad_rows, "empty_rows": skipped.empty_rows},
         "ignored": dict(skipped.ignored),
         "sizes": {name: (folder / name).stat().st_size for name in names},
@@ -200,11 +200,11 @@ def _build(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _chunks(source: SourceConfig, data: DataConfig, stage: Stage, skipped: Counts) -> Iterator[Chunk]:
+def _chunks(source: SourceConfig, data: DataConfig, encoding: Encoding, skipped: Counts) -> Iterator[Chunk]:
     chunk: Chunk = []
     size = 0
     for document, place in read_documents(source, data, skipped):
-        if stage == "sft" and isinstance(document, str):
+        if encoding == "sft" and isinstance(document, str):
             raise UserError(
                 "SFT learns from conversations, and this is plain text",
                 where=place,

@@ -38,6 +38,15 @@ class Evaluation:
     num_bytes: int
 
     @property
+    def row(self) -> dict[str, float]:
+        """As a row of metrics.jsonl has it."""
+        return {
+            "val_loss": self.loss,
+            "val_perplexity": self.perplexity,
+            "val_bits_per_byte": self.bits_per_byte,
+        }
+
+    @property
     def perplexity(self) -> float:
         """exp(loss), infinity where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf

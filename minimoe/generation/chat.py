@@ -7,28 +7,46 @@ one message a line.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from minimoe import adapters
 from minimoe.config import GenerationSection
 from minimoe.conversation import Message, split_answer
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine
-from minimoe.generation.generate import dim, int8_remark, open_engine, show, speed
+from minimoe.generation.generate import adapter_name, dim, int8_remark, open_engine, show, speed
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 
-def run(model_dir: str | Path, settings: GenerationSection, *, device: str = "auto", system: str | None = None) -> None:
+def run(
+    model_dir: str | Path,
+    settings: GenerationSection,
+    *,
+    adapter_dirs: Sequence[str] = (),
+    device: str = "auto",
+    system: str | None = None,
+) -> None:
     """Open the model and chat until `/exit` or the end of input."""
-    Chat(open_engine(model_dir, settings, device), settings, system).loop()
+    Chat(open_engine(model_dir, settings, device, adapter_dirs), settings, system, adapter_dirs).loop()
 
 
 class Chat:
     """The messages so far and the session that answers them."""
 
-    def __init__(self, engine: Engine, settings: GenerationSection, system: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: GenerationSection,
+        system: str | None = None,
+        adapter_dirs: Sequence[str] = (),
+    ) -> None:
         self._engine, self._settings = engine, settings
+        self._adapters = list(adapter_dirs) if len(adapter_dirs) > 1 else []
+        if self._adapters:
+            self.use_adapter("1")
         self._session = engine.session()
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = list(self._opening)
@@ -53,6 +71,7 @@ class Chat:
             except KeyboardInterrupt:
                 dim(f"\n{HELP}")
                 continue
+            word, _, rest = line.partition(" ")
             if not _is_text(line):
                 dim("this line is not valid UTF-8, and was not sent; set the terminal or the file to UTF-8")
             elif line == "/exit":
@@ -60,13 +79,25 @@ class Chat:
             elif line == "/reset":
                 self.reset()
                 dim("conversation forgotten")
+            elif word == "/adapter" and self._adapters:
+                self.use_adapter(rest.strip())
             elif line.startswith("/"):
-                dim(HELP if line == "/help" else f"unknown command {line}; {HELP}")
+                more = "; /adapter NUMBER changes the adapter" if self._adapters else ""
+                dim(HELP + more if line == "/help" else f"unknown command {line}; {HELP}{more}")
             elif line:
                 try:
                     self.answer(line)
                 except UserError as error:  # one message too many or too long ends no conversation
                     dim(str(error))
+
+    def use_adapter(self, number: str) -> None:
+        """Answer with another of the adapters from now on; the conversation goes on."""
+        numbers = [str(place) for place in range(1, len(self._adapters) + 1)]
+        if number in numbers:
+            adapters.choose(self._engine.model, adapter_name(int(number) - 1))
+            self._session = self._engine.session()
+        for place, folder in zip(numbers, self._adapters, strict=True):
+            dim(f"{'*' if place == number else ' '} {place} {folder}")
 
     def reset(self) -> None:
         """Start over."""

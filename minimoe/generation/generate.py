@@ -16,11 +16,14 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from minimoe import adapters
 from minimoe.config import GenerationSection
 from minimoe.conversation import BadConversation, conversation, either, split_answer
 from minimoe.errors import UserError
 from minimoe.generation.engine import Completion, Engine, Prompt
 from minimoe.generation.packed import why_not_packed
+from minimoe.loading import load_model, model_folder
+from minimoe.tokenizer import load_tokenizer
 
 MAX_BYTES = 1 << 30  # of a prompt file or standard input
 SCORED_TOKENS = 512  # of a text that the cost of int8 weights is measured on; as many are fed in a second or less
@@ -31,14 +34,26 @@ def run(
     prompts: Sequence[Prompt],
     settings: GenerationSection,
     *,
+    adapter_dirs: Sequence[str] = (),
     json_output: bool = False,
     device: str = "auto",
 ) -> None:
-    """Open the model and print a completion of every prompt."""
-    engine = open_engine(model_dir, settings, device)
+    """Open the model and print a completion of every prompt, with several adapters one after the other."""
+    engine = open_engine(model_dir, settings, device, adapter_dirs)
+    for number, adapter in enumerate(adapter_dirs if len(adapter_dirs) > 1 else [None]):
+        if adapter is not None:
+            adapters.choose(engine.model, adapter_name(number))
+        if adapter is not None and not json_output:
+            print(f"=== {adapter} ===")
+        _print(engine, prompts, settings, json_output, {} if adapter is None else {"adapter": adapter})
+
+
+def _print(
+    engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection, json_output: bool, more: dict[str, str]
+) -> None:
     completion: Completion | None
     if json_output:
-        completion = _print_json(engine, prompts, settings)
+        completion = _print_json(engine, prompts, settings, more)
     elif len(prompts) == 1:
         completion = _print_stream(engine, prompts[0], settings)
     else:
@@ -47,13 +62,34 @@ def run(
         dim(int8_remark(engine, engine.encode(prompts[0], settings.chat), completion))
 
 
-def open_engine(model_dir: str | Path, settings: GenerationSection, device: str) -> Engine:
-    """Open the model for these settings.
+def adapter_name(number: int) -> str:
+    """What the model calls its adapter of that number."""
+    return f"adapter_{number}"
+
+
+def open_engine(
+    model_dir: str | Path, settings: GenerationSection, device: str, adapter_dirs: Sequence[str] = ()
+) -> Engine:
+    """Open the model for these settings. One adapter is merged into it, several stand beside each other.
 
     Raises:
-        UserError: they ask for what cannot be had with this model here.
+        UserError: they ask for what cannot be had with this model here, or an adapter is of another model.
     """
-    engine = Engine.from_pretrained(model_dir, device, torch.bfloat16 if settings.compile else None)
+    folders = [model_folder(adapter) for adapter in adapter_dirs]
+    for folder in folders:
+        if not adapters.is_adapter(folder):
+            raise UserError(
+                f"no adapter: {folder} has no {adapters.ADAPTER_CONFIG}", fix="give the final/ of a lora run"
+            )
+        adapters.base_of(folder, model_folder(model_dir))
+    model, tokenizer = load_model(model_dir, device, torch.bfloat16 if settings.compile else None)
+    if len(folders) == 1:
+        model = adapters.merged(model, folders[0])
+    for number, folder in enumerate(folders if len(folders) > 1 else []):
+        adapters.put_on(model, folder, adapter_name(number))
+    if folders:
+        tokenizer = load_tokenizer(folders[0])
+    engine = Engine(model, tokenizer)
     if engine.fast(settings) is None:
         dim(f"no fast decoding: {why_not_packed(engine.model)}")
     return engine
@@ -105,11 +141,14 @@ def speed(completion: Completion) -> str:
     return f"{completion.new_tokens} tokens, {completion.tokens_per_second:.1f} tokens/s{cut}"
 
 
-def _print_json(engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection) -> Completion:
+def _print_json(
+    engine: Engine, prompts: Sequence[Prompt], settings: GenerationSection, more: dict[str, str]
+) -> Completion:
     """These print all completions and return the first."""
     completions = engine.generate(prompts, settings)
     for prompt, completion in zip(prompts, completions, strict=True):
         row = {
+            **more,
             "prompt": prompt,
             **_parts(completion.text),
             "finish_reason": completion.finish_reason,

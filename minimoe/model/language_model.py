@@ -51,6 +51,7 @@ from minimoe.model.losses import (
     mean_probabilities,
     next_token_loss,
     router_z_loss,
+    token_logprobs,
 )
 from minimoe.model.router import RouterOutput
 
@@ -75,6 +76,7 @@ class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     load_balancing_loss: Tensor | None = None
     router_z_loss: Tensor | None = None
     expert_counts: Tensor | None = None  # (L, E) int64: real tokens per expert of each MoE layer
+    token_logprobs: Tensor | None = None  # (B, S) of the label that each position predicts; 0 where there is none
     expert_probabilities: Tensor | None = None  # (L, E) "global" only: their mean probabilities, with gradient
 
 
@@ -106,6 +108,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
+        logprob_temperature: float | None = None,
         **kwargs: Any,
     ) -> MiniMoeCausalLMOutput:
         """Logits and, with labels, the losses.
@@ -120,6 +123,8 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
                 step's mean, so that adding up micro-batches gives exactly the mean over all tokens.
             skip_logits: with labels, return no logits, which need not be held all at once then: less time and much
                 less memory.
+            logprob_temperature: with labels, return `token_logprobs`, under softmax(logits / temperature). They carry
+                gradient, and lm_loss is made of them.
         """
         # Not in the signature, where `Trainer` would take it for a second set of labels that every batch must have.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -147,7 +152,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         if output_router_logits:
             result.router_logits = tuple(routing.logits for routing in outputs.routings or ())
         if shift_labels is not None:
-            self._add_losses(result, hidden, shift_labels, num_items_in_batch)
+            self._add_losses(result, hidden, shift_labels, num_items_in_batch, logprob_temperature)
         result.cache, result.hidden_states, result.attentions = outputs.cache, outputs.hidden_states, outputs.attentions
         # As a tuple it has the order of its fields, however it was filled.
         return MiniMoeCausalLMOutput(**result)
@@ -182,12 +187,17 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         hidden: Tensor,
         shift_labels: Tensor,
         num_items_in_batch: Tensor | int | None,
+        logprob_temperature: float | None,
     ) -> None:
         """lm_loss and the total."""
         targets = shift_labels.flatten()
         num_targets = (targets != IGNORE_INDEX).sum()
         num_items = num_targets if num_items_in_batch is None else num_items_in_batch
-        if result.logits is not None and result.logits.shape[1] == shift_labels.shape[1]:
+        if logprob_temperature is not None:
+            logprobs = token_logprobs(hidden.flatten(0, 1), self.lm_head, targets, logprob_temperature)
+            result.token_logprobs = logprobs.view_as(shift_labels)
+            result.lm_loss = -logprobs.sum() / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
+        elif result.logits is not None and result.logits.shape[1] == shift_labels.shape[1]:
             result.lm_loss = next_token_loss(result.logits.flatten(0, 1), targets, num_items)
         else:
             result.lm_loss = hidden_loss(hidden.flatten(0, 1), self.lm_head, targets, num_items)

@@ -46,6 +46,17 @@ def hidden_loss(hidden: Tensor, lm_head: nn.Module, targets: Tensor, num_targets
     return next_token_loss(lm_head(hidden), targets, num_targets)
 
 
+@accelerated
+def token_logprobs(hidden: Tensor, lm_head: nn.Module, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each target under softmax(logits / temperature), (N,) float32; 0 where it is IGNORE_INDEX.
+
+    Args:
+        hidden, lm_head, targets: as in `hidden_loss`.
+    """
+    logits = lm_head(hidden).float() / temperature
+    return -F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+
 def expert_counts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
     """How many real tokens chose each expert.
 

@@ -233,7 +233,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
         grad_out = grad_out.contiguous()
         grad_rows = tokens.new_empty(hidden.shape[0], tokens.shape[1])
         grad_row_weights = torch.empty_like(row_weights)
-        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        # Frozen weights get none, and cost none of the time.
+        grad_gate_up, grad_down = (
+            torch.empty_like(stack) if wanted else None
+            for stack, wanted in zip((gate_up, down), ctx.needs_input_grad[3:], strict=True)
+        )
         for expert, group, own in ctx.groups:
             grad_group = _take(grad_out, group)
             grad_activated = grad_group @ down[expert].to(tokens.dtype)
@@ -241,12 +245,15 @@ class _GroupedSwiGLU(torch.autograd.Function):
             activated, grad_hidden, grad_row_weights[own] = weighted_swiglu_backward(
                 hidden[group], row_weights[own], grad_activated
             )
-            _matmul_into(grad_down[expert], grad_group.t(), activated)
+            if grad_down is not None:
+                _matmul_into(grad_down[expert], grad_group.t(), activated)
             torch.mm(grad_hidden, gate_up[expert].to(tokens.dtype), out=grad_rows[group])
-            _matmul_into(grad_gate_up[expert], grad_hidden.t(), gather_rows(tokens, token_ids[group]))
+            if grad_gate_up is not None:
+                _matmul_into(grad_gate_up[expert], grad_hidden.t(), gather_rows(tokens, token_ids[group]))
         for expert in set(range(len(down))).difference(group.expert for group in ctx.groups):
-            grad_down[expert].zero_()
-            grad_gate_up[expert].zero_()
+            for grad in (grad_gate_up, grad_down):
+                if grad is not None:
+                    grad[expert].zero_()
         grad_tokens, grad_weights = grads_of_slots(order, ctx.k, grad_rows, grad_row_weights)
         return grad_tokens, None, grad_weights, grad_gate_up, grad_down
 

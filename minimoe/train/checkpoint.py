@@ -5,7 +5,8 @@ A checkpoint is a Hugging Face model folder (`config.json`, `model.safetensors`,
 its place, `manifest.json` gets each file's SHA-256, every file and folder is synced, and one rename publishes it.
 A reader trusts only what the manifest confirms, so a torn write or a flipped bit is found, not trained on.
 
-Training waits only for the copy of its state (`take_snapshot`); a `BackgroundSaver` writes it while training goes on.
+Training waits only for the copy of its state (`take_snapshot`); a
+`BackgroundSaver` writes it while training goes on.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from minimoe.adapters import has_adapter, load_weights, save_adapter, trained_tensors
 from minimoe.errors import CheckpointError, NonFiniteError, disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.loading import quiet_transformers
@@ -73,55 +73,9 @@ def take_snapshot(
     copies: dict[int, Tensor] = {}  # by address: tied tensors stay one, and are written once
     weights = {
         name: copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
-        for name, tensor in model.state_dict().items()
+        for name, tensor in trained_tensors(model).items()
     }
     return Snapshot(_state_from(asdict(state)), weights, _optimizer_tensors(optimizers), rng)
-
-
-class BackgroundSaver:
-    """Writes snapshots to `root` on a thread of its own, one at a time, and prunes after each.
-
-    A failed save is raised in the training loop by the next `check`, `submit`, `wait`, or the end of the `with`.
-
-    Args:
-        model, tokenizer: give the config and the file formats; the weights are the snapshot's.
-        keep_last: newest verified checkpoints kept, beside the best one.
-    """
-
-    def __init__(self, root: Path, model: Any, tokenizer: Any, keep_last: int) -> None:
-        self._root, self._model, self._tokenizer, self._keep_last = root, model, tokenizer, keep_last
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: Future[None] | None = None
-
-    def __enter__(self) -> BackgroundSaver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._thread.shutdown(wait=True)
-        if kind is None:  # otherwise the error that ends the run is the one to report
-            self.wait()
-
-    def submit(self, snapshot: Snapshot) -> None:
-        """Start to write; first waits for the previous save, if that is still going on."""
-        self.wait()
-        self._saving = self._thread.submit(self._save, snapshot)
-
-    def check(self) -> None:
-        """Raise the error of a save that has failed; does not wait."""
-        if self._saving is not None and self._saving.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Until nothing is being written."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            saving.result()
-
-    def _save(self, snapshot: Snapshot) -> None:
-        save(self._root, snapshot, self._model, self._tokenizer)
-        prune(self._root, self._keep_last, snapshot.state.best_step)
 
 
 def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
@@ -138,9 +92,7 @@ def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
     target = root / f"step-{snapshot.state.step:08d}"
     with written_whole(target) as folder:
         failpoint("save.begin")
-        with quiet_transformers():
-            model.save_pretrained(folder, state_dict=dict(snapshot.weights))
-            tokenizer.save_pretrained(folder)
+        save_weights(model, tokenizer, folder, snapshot.weights)
         failpoint("save.weights")
         tensors = dict(snapshot.optimizer)
         for rank, states in enumerate(snapshot.rng):
@@ -153,6 +105,22 @@ def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         failpoint("save.manifest")
     return target
+
+
+def save_weights(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """The model's files or its adapter's, the configs and the tokenizer.
+
+    Args:
+        weights: of `trained_tensors`; None takes them from the model.
+    """
+    with quiet_transformers():
+        if has_adapter(model):
+            save_adapter(model, folder, weights)
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager
@@ -257,9 +225,14 @@ def load_state(folder: Path) -> TrainerState:
 
 def restore(folder: Path, model: Any, optimizers: list[Optimizer], rank: int) -> TrainerState:
     """Put weights, optimizer moments and random generators back as they were."""
-    with quiet_transformers():
-        loaded = type(model).from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-    model.load_state_dict(loaded.state_dict())
+    if has_adapter(model):
+        load_weights(model, folder)
+    else:
+        with quiet_transformers():
+            loaded = type(model).from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+        model.load_state_dict(loaded.state_dict())
     tensors = load_file(folder / OPTIMIZER_STATE)
     for index, optimizer in enumerate(optimizers):
         _load_optimizer(optimizer, f"optimizer.{index}.", tensors)

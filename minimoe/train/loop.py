@@ -18,19 +18,19 @@ from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from minimoe.config import GenerationSection, TrainingRun
-from minimoe.data.loader import Data
+from minimoe.data.loader import Data, Validation
 from minimoe.errors import Preempted
 from minimoe.evaluate.perplexity import evaluate_model
 from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Engine
-from minimoe.loading import FINAL, quiet_transformers
+from minimoe.loading import FINAL
 from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train import checkpoint
-from minimoe.train.checkpoint import BackgroundSaver, TrainerState
+from minimoe.train.checkpoint import TrainerState
 from minimoe.train.guard import expert_load, log_collapse, log_problem, poison
 from minimoe.train.memory import keep_freed_memory
 from minimoe.train.metrics import MetricsLogger
-from minimoe.train.objectives import Objective
+from minimoe.train.objectives import Evaluate, HeldOut, Objective
 from minimoe.train.optim import build_optimizers, lr_at_step, set_lr, update_selection_bias
 from minimoe.train.parallel import forward_backward, ranks_may_die, wrap
 from minimoe.train.plan import print_plan
@@ -38,6 +38,7 @@ from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.preflight import check_run
 from minimoe.train.resume import resume as resume_run
 from minimoe.train.run_folder import CHECKPOINTS, claim_folder, run_folder
+from minimoe.train.saver import BackgroundSaver
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Run:
     tokenizer: Any
     data: Data
     objective: Objective
+    evaluate: Evaluate
     accelerator: Accelerator
 
     wrapped: Any  # the model as training calls it: compiled, data-parallel
@@ -76,6 +78,14 @@ class Run:
         return self.state.step % every == 0 or self.done
 
 
+def held_out_loss(
+    model: Any, validation: Validation, batch_size: int, accelerator: Accelerator, poll: Callable[[], None]
+) -> HeldOut:
+    """How well held-out documents are predicted."""
+    result = evaluate_model(model, validation, batch_size, accelerator, poll)
+    return HeldOut(result.row, result.loss)
+
+
 def fit(
     config: TrainingRun,
     model: Any,
@@ -84,6 +94,7 @@ def fit(
     objective: Objective,
     accelerator: Accelerator,
     *,
+    evaluate: Evaluate = held_out_loss,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -93,6 +104,7 @@ def fit(
         model: a `MiniMoeForCausalLM` with float32 weights, on the CPU.
         open_data: prepares the batches and the held-out documents; called once the run owns its folder.
         objective: what to learn from a batch.
+        evaluate: what to find out on the held-out data.
         resume: continue from the newest verified checkpoint of the run, if there is one.
         overwrite: delete the run that `output_dir` holds.
 
@@ -110,7 +122,7 @@ def fit(
     ):
         with accelerator.main_process_first():  # the others find the shards in the cache
             data = open_data()
-        run = _prepare(config, model, tokenizer, data, objective, accelerator, stop, resume)
+        run = _prepare(config, model, tokenizer, data, objective, evaluate, accelerator, stop, resume)
         with ranks_may_die(accelerator), run.saver, run.logger:
             _loop(run)
         return _finish(run)
@@ -122,6 +134,7 @@ def _prepare(
     tokenizer: Any,
     data: Data,
     objective: Objective,
+    evaluate: Evaluate,
     accelerator: Accelerator,
     stop: StopRequest,
     resume: bool,
@@ -157,6 +170,7 @@ def _prepare(
         tokenizer=tokenizer,
         data=data,
         objective=objective,
+        evaluate=evaluate,
         accelerator=accelerator,
         wrapped=wrap(torch.compile(model) if train.compile else model, accelerator),
         optimizers=optimizers,
@@ -250,17 +264,16 @@ def _validate(run: Run) -> None:
     state.validation_due = True
     try:
         with accelerator.autocast():  # of a compiled model the accelerator wraps the outside, and this is the inside
-            result = evaluate_model(
+            row, score = run.evaluate(
                 run.model, run.data.validation, run.micro_rows, accelerator, lambda: run.stop.check(accelerator)
             )
     except StopRequested:
         return
     state.validation_due = False
-    row = {"step": state.step, "val_loss": result.loss, "val_perplexity": result.perplexity}
-    run.logger.log_evaluation(row | {"val_bits_per_byte": result.bits_per_byte})
+    run.logger.log_evaluation({"step": state.step, **row})
     saved = run.due(run.config.train.save_every)
-    if saved and (state.best_val_loss is None or result.loss < state.best_val_loss):
-        state.best_val_loss, state.best_step = result.loss, state.step
+    if saved and (state.best_val_loss is None or score < state.best_val_loss):
+        state.best_val_loss, state.best_step = score, state.step
 
 
 def _log_samples(run: Run) -> None:
@@ -285,8 +298,7 @@ def _finish(run: Run) -> Path:
     """The trained model as a plain model folder."""
     final = Path(run.config.output_dir) / FINAL
     if run.accelerator.is_main_process:
-        with checkpoint.written_whole(final) as temporary, quiet_transformers():
-            run.model.save_pretrained(temporary)
-            run.tokenizer.save_pretrained(temporary)
+        with checkpoint.written_whole(final) as temporary:
+            checkpoint.save_weights(run.model, run.tokenizer, temporary)
     run.accelerator.wait_for_everyone()
     return final

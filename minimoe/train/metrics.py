@@ -120,10 +120,12 @@ class MetricsLogger:
     def log_evaluation(self, row: dict[str, Any]) -> None:
         """An evaluation row."""
         self._write(row)
-        self.print(
-            f"step {row['step']:>6}  [bold]validation[/] loss {row['val_loss']:.4f}  perplexity "
-            f"{row['val_perplexity']:.2f}  bits per byte {row['val_bits_per_byte']:.4f}"
-        )
+        found = [
+            f"{name.removeprefix('val_').replace('_', ' ')} {value:.{2 if name == 'val_perplexity' else 4}f}"
+            for name, value in row.items()
+            if name != "step"
+        ]
+        self.print(f"step {row['step']:>6}  [bold]validation[/] {'  '.join(found)}")
 
     def log_sample(self, step: int, prompt: str, text: str) -> None:
         """A generated sample, console and wandb only."""

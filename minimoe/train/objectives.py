@@ -1,5 +1,7 @@
 """What a stage trains for. An objective is a pure function of the model and a micro-batch, and the only place where
 training runs the model; the loop differentiates its loss, adds up its terms and logs them.
+
+Every objective adds the router's terms as pretraining does: an MoE that is fine-tuned without them loses its balance.
 """
 
 from __future__ import annotations
@@ -38,12 +40,31 @@ class Losses(NamedTuple):
 Objective = Callable[[Any, Any, Step], Losses]  # of the model and of rows of the stage's batch
 
 
-def next_token(model: Any, batch: Batch, step: Step) -> Losses:
-    """Cross-entropy of the learned tokens plus the router's weighted terms: pretraining and SFT.
+class HeldOut(NamedTuple):
+    """What a stage finds on its held-out data."""
 
-    The router's terms are means over real tokens, learned or not.
-    """
+    row: dict[str, float]  # of metrics.jsonl
+    score: float  # the lower the better: the checkpoint with the lowest is kept
+
+
+# Of the model, the held-out data, the rows of a forward pass, the accelerator, and what to call before every batch.
+Evaluate = Callable[[Any, Any, int, Any, Callable[[], None]], HeldOut]
+
+
+def next_token(model: Any, batch: Batch, step: Step) -> Losses:
+    """Cross-entropy of the learned tokens plus the router's weighted terms: pretraining and SFT."""
     outputs = model(**batch.model_inputs(), num_items_in_batch=step.num_items, skip_logits=True, use_cache=False)
+    return add_router_terms(outputs.lm_loss, {"lm_loss": outputs.lm_loss}, model, outputs, batch, step)
+
+
+def add_router_terms(
+    loss: Tensor, terms: dict[str, Tensor], model: Any, outputs: Any, batch: Batch, step: Step
+) -> Losses:
+    """A stage's own loss and terms with the router's, which are means over real tokens, learned or not.
+
+    Args:
+        outputs: of the model, which was given labels.
+    """
     config = getattr(model, "module", model).config  # data-parallel training wraps the model
     balance = outputs.load_balancing_loss
     if outputs.expert_probabilities is not None:
@@ -51,6 +72,5 @@ def next_token(model: Any, batch: Batch, step: Step) -> Losses:
         balance = global_balancing_loss(outputs.expert_probabilities, counts, config.num_experts_per_tok)
     share = batch.num_tokens() / step.num_tokens.clamp(min=1)
     balance, z_loss = share * balance, share * outputs.router_z_loss
-    loss = outputs.lm_loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
-    terms = {"lm_loss": outputs.lm_loss, "load_balancing_loss": balance, "router_z_loss": z_loss}
-    return Losses(loss, terms, outputs.expert_counts)
+    loss = loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
+    return Losses(loss, terms | {"load_balancing_loss": balance, "router_z_loss": z_loss}, outputs.expert_counts)

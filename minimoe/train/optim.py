@@ -79,10 +79,10 @@ def update_selection_bias(model: nn.Module, expert_counts: Tensor, rate: float) 
 
     Args:
         expert_counts: (L, E) tokens of the whole step, over micro-batches and ranks.
-        rate: of the move, 0 = off.
+        rate: of the move, 0 = off. The bias of frozen routers stays too.
     """
-    if rate:
-        routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    if rate and all(router.weight.requires_grad for router in routers):
         for router, counts in zip(routers, expert_counts, strict=True):
             router.update_selection_bias(counts, rate)
 

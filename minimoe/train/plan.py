@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minimoe import ops
+from minimoe.adapters import has_adapter
 from minimoe.config import ScheduleConfig, TrainConfig
 from minimoe.data.formats import left_aside
 from minimoe.device import has_bf16
@@ -60,6 +61,9 @@ def print_plan(run: Run) -> None:
         "estimated time": _duration(seconds) + ", from one timed micro-batch",
         "output": config.output_dir,
     }
+    if has_adapter(run.model):
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        rows["parameters"] += f"; {trained:,} trained, in adapters"
     rows |= left_aside(config.data.train, data.ignored)
     doubts = config.optimizer.doubts()
     if not run.tokenizer.chat_template:

@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 
 from minimoe.config import PretrainRun
 from minimoe.data.loader import open_data
-from minimoe.loading import load_minimoe
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.tokenizer import boundary_id, load_tokenizer, set_chat_template
@@ -19,6 +18,7 @@ from minimoe.train.loop import fit
 from minimoe.train.objectives import next_token
 from minimoe.train.parallel import make_accelerator
 from minimoe.train.preflight import check_vocab_size
+from minimoe.train.sft import start_from
 
 
 def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -26,15 +26,13 @@ def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -
     accelerator = make_accelerator(config.train)
     model: Any
     if config.init_from is not None:
-        model, tokenizer = load_minimoe(config.init_from, device="cpu")
-        set_chat_template(tokenizer, config.chat_template)
-        torch.manual_seed(config.seed)
+        model, tokenizer = start_from(config.init_from, config, None)
     else:
         tokenizer = load_tokenizer(config.tokenizer_source)
         set_chat_template(tokenizer, config.chat_template)
         torch.manual_seed(config.seed)
         model = build_model(config, tokenizer)
-    data = partial(open_data, config.data, tokenizer, config.stage, config.seed)
+    data = partial(open_data, config.data, tokenizer, config.encoding, config.seed)
     return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minimoe.config import SftRun
+from minimoe.adapters import add_lora, is_adapter
+from minimoe.config import LoraConfig, SftRun, TrainingRun
 from minimoe.data.loader import open_data
-from minimoe.loading import load_minimoe
+from minimoe.errors import UserError
+from minimoe.loading import load_minimoe, model_folder
 from minimoe.tokenizer import set_chat_template
 from minimoe.train.loop import fit
 from minimoe.train.objectives import next_token
@@ -19,8 +22,27 @@ from minimoe.train.parallel import make_accelerator
 def run(config: SftRun, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Fine-tune as the config says; returns the folder of the final model."""
     accelerator = make_accelerator(config.train)
-    model, tokenizer = load_minimoe(config.init_from, device="cpu")
+    model, tokenizer = start_from(config.init_from, config, config.lora)
+    data = partial(open_data, config.data, tokenizer, config.encoding, config.seed)
+    return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
+
+
+def start_from(init_from: str, config: TrainingRun, lora: LoraConfig | None) -> tuple[Any, Any]:
+    """The model and tokenizer that a stage goes on from, on the CPU, with new adapters where they are asked for.
+
+    Raises:
+        UserError: no model there; or adapters on a model that has one already.
+    """
+    model, tokenizer = load_minimoe(init_from, device="cpu")
     set_chat_template(tokenizer, config.chat_template)
     torch.manual_seed(config.seed)
-    data = partial(open_data, config.data, tokenizer, config.stage, config.seed)
-    return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
+    if lora is not None:
+        base = model_folder(init_from)
+        if is_adapter(base):
+            raise UserError(
+                "init_from is an adapter, and lora would put another on it: a folder can name one base only",
+                where=init_from,
+                fix="write the merged model with `minimoe merge`, and start from that",
+            )
+        add_lora(model, lora, base)
+    return model, tokenizer

@@ -126,12 +126,15 @@ def _many_rows(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
 
 def _many_rows_suit(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
     """It is faster than a library's matmuls if its tiles stay in registers, if bf16 is multiplied in vectors (tiles of
-    AMX are faster), and if every thread has a panel of columns."""
+    AMX are faster), and if every thread has a panel of columns. It always makes the gradients of the weights, which
+    are not wanted of frozen ones."""
     if not (tokens.is_cpu and stacked(experts, tokens, expert_ids, weights) and weights.dtype == torch.float32):
         return False
-    down = experts.down_proj
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if needs_gradient(tokens, weights) and not (gate_up.requires_grad and down.requires_grad):
+        return False
     return (
-        _takes(down, float32=(down, experts.gate_up_proj))
+        _takes(down, float32=(down, gate_up))
         and down.shape[1] % c.PANEL == down.shape[2] % c.PANEL == 0
         and down.shape[2] >= c.PANEL * _threads()
         and _multiplies(compute_dtype(tokens))
