@@ -156,6 +156,22 @@ def base_of(folder: Path, given: str | Path | None = None) -> Path:
     return base
 
 
+def check_same_base(model: Any, folder: Path) -> None:
+    """The adapter in a folder was trained on the base that this model is.
+
+    Raises:
+        UserError: it was another.
+    """
+    (config,) = model.peft_config.values()
+    base = Path(config.base_model_name_or_path)
+    if read_object(folder / BASE).get("sha256") != fingerprint(base):
+        raise UserError(
+            f"a resumed run cannot change its base: the weights in {base} are others now",
+            where=str(folder),
+            fix="restore that model, or start a new run with another output_dir",
+        )
+
+
 def put_on(model: Any, folder: Path, name: str) -> None:
     """An adapter onto its base model, beside others that may be there; `choose` says which one counts.
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from minimoe.chat_template import CHAT_TEMPLATE, render
 from minimoe.config import SourceConfig
 from minimoe.data.formats import FORMATS, BadRow, Counts, document_texts, to_document
+from minimoe.data.preferences import Judgement, Preference
 from minimoe.data.rows import Row
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
@@ -23,6 +24,7 @@ CALL = {"name": "weather", "arguments": {"city": "Rome"}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 ASKED = {"role": "user", "content": "How are you?"}
 ANSWERED = {"role": "assistant", "content": "Well."}
+RUDE = {"role": "assistant", "content": "Go away."}
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("text", {"text": "Once upon a time."}),
     ("messages (OpenAI)", {"messages": [{"role": "system", "content": "Be brief."}, ASKED, ANSWERED]}),
@@ -97,6 +99,27 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("prompt_completion", {"prompt": "How are you?", "completion": "Well.", "system": "Be brief."}),
     ("prompt_completion with messages", {"prompt": [ASKED], "completion": [ANSWERED]}),
+    ("preference (dpo)", {"prompt": "How are you?", "chosen": "Well.", "rejected": "Go away."}),
+    (
+        "preference with its prompt in both",
+        {"chosen": [ASKED, ANSWERED, ASKED, ANSWERED], "rejected": [ASKED, ANSWERED, ASKED, RUDE]},
+    ),
+    (
+        "preference (LLaMA-Factory)",
+        {
+            "conversations": [{"from": "human", "value": "How are you?"}],
+            "chosen": {"from": "gpt", "value": "Well."},
+            "rejected": {"from": "gpt", "value": "Go away."},
+        },
+    ),
+    (
+        "preference (Anthropic HH)",
+        {
+            "chosen": "\n\nHuman: How are you?\n\nAssistant: Well.",
+            "rejected": "\n\nHuman: How are you?\n\nAssistant: Go away.",
+        },
+    ),
+    ("label (dpo.loss: kto)", {"prompt": "How are you?", "completion": "Go away.", "label": False}),
 ]
 
 
@@ -117,6 +140,10 @@ def seen(document) -> str:
     """The text that the model sees; [what it learns], in SFT, stands in brackets."""
     if isinstance(document, str):
         return f"<|endoftext|>{document}<|endoftext|>"
+    if isinstance(document, Preference):
+        return f"chosen:\n{seen(document.chosen).rstrip()}\n\nrejected:\n{seen(document.rejected)}"
+    if isinstance(document, Judgement):
+        return f"{'wanted' if document.wanted else 'unwanted'}:\n{seen(document.messages)}"
     messages = [dict(message) for message in document]
     tools = messages[0].pop("tools", [])
     if tools and not messages[0]["content"]:
@@ -132,7 +159,7 @@ def seen(document) -> str:
 INTRODUCTION = """\
 # Forms of a row
 What a row of a data file may look like, and the text that the model sees. In SFT, what stands in [brackets] is learned;
-in pretraining all of it is, but the document's first token. A test makes this page from the code:
+in pretraining all of it is, but the document's first token; of preferences it is what is compared. A test makes this page from the code:
 `python -m tests.test_formats_page` writes it anew.
 
 A column or key that is not read is listed once, with the number of its rows, when training starts and by `minimoe

@@ -56,7 +56,7 @@ BELOW = {
         "ops",
         "device",
     }
-    | {"tokenizer", "device"},
+    | {"tokenizer", "device", "user_cache"},
     "extras": {"errors"},
     "convert": {
         "adapters",

@@ -1,4 +1,4 @@
-"""`minimoe tokenizer | pretrain | sft | preview`."""
+"""`minimoe tokenizer | pretrain | sft | distil | dpo | grpo | preview`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def pretrain(config: Config, overrides: Overrides = None, resume: Resume = False
 def sft(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Fine-tune a model on conversations (supervised fine-tuning)."""
     _train("sft", config, overrides, resume, overwrite)
+
+
+@app.command(context_settings=OVERRIDES, epilog="Example: minimoe dpo configs/quickstart/dpo.yaml dpo.loss=ipo")
+def dpo(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+    """Learn from preferences: which of two answers is better (DPO, IPO, SimPO, ORPO), or which are wanted (KTO)."""
+    _train("dpo", config, overrides, resume, overwrite)
 
 
 @app.command(context_settings=OVERRIDES, epilog="Example: minimoe preview configs/quickstart/sft.yaml --count 5")

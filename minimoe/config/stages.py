@@ -28,7 +28,9 @@ class LoraConfig(Section):
     def _dropout_of_modules(self) -> LoraConfig:
         others = [target for target in self.targets if target != "attention"]
         if self.dropout and others:
-            raise ValueError(f"dropout {self.dropout}: only attention can have it; set it to 0, or targets: [attention]")
+            raise ValueError(
+                f"dropout {self.dropout}: only attention can have it; set it to 0, or targets: [attention]"
+            )
         return self
 
 

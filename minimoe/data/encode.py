@@ -7,7 +7,7 @@ seconds, so little data is encoded right here.
 Pretraining: `<|endoftext|>` text `<|endoftext|>`, all of it predicted; a conversation is rendered by the chat
 template first. SFT: rendered conversations, assistant turns predicted, longer ones truncated to
 `sequence_length`; a conversation with an empty answer, or none within `sequence_length`, teaches nothing and
-is dropped.
+is dropped. Preferences and judgements: see `preferences.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ import numpy as np
 
 from minimoe import tokenizer as tok
 from minimoe.config import DataConfig, Encoding
+from minimoe.conversation import Message
 from minimoe.data.formats import Document, document_texts
+from minimoe.data.preferences import Judgement, Preference, fitted, judgements, mismatched
 from minimoe.errors import MinimoeError, StorageError, UserError
 from minimoe.failpoints import failpoint
 
@@ -51,6 +53,8 @@ class Encoded:
     num_bytes: np.ndarray
     truncated: int
     dropped: int
+    splits: np.ndarray | None = None  # of documents in two parts: tokens of the first
+    wanted: np.ndarray | None = None  # of judgements: their labels
     characters: int = 0  # of text read, for progress
 
 
@@ -126,8 +130,12 @@ def encode(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, encoding: Encoding,
     """Token ids of a chunk's documents."""
     if failpoint("tokenise.chunk") == "raise":
         raise ValueError("a failpoint")
-    sft = encoding == "sft"
-    encoded = _encode_sft(chunk, tokenizer, sequence_length) if sft else _encode_pretrain(chunk, tokenizer)
+    if encoding == "pretrain":
+        encoded = _encode_pretrain(chunk, tokenizer)
+    elif encoding == "sft":
+        encoded = _encode_sft(chunk, tokenizer, sequence_length)
+    else:
+        encoded = _encode_two_parts(chunk, tokenizer, encoding, sequence_length)
     encoded.characters = sum(num_characters(document) for document, _ in chunk)
     return encoded
 
@@ -142,7 +150,12 @@ def _place_of_errors(place: str) -> Iterator[None]:
 
 def num_characters(document: Document) -> int:
     """Characters of a document's text, with an allowance for the frame of each message."""
-    return len(document) if isinstance(document, str) else sum(len(m["content"] or "") + 64 for m in document)
+    if isinstance(document, str):
+        return len(document)
+    if isinstance(document, Preference):
+        return num_characters(document.chosen) + num_characters(document.rejected)
+    messages = document.messages if isinstance(document, Judgement) else document
+    return sum(len(message["content"] or "") + 64 for message in messages)
 
 
 def _encode_pretrain(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Encoded:
@@ -156,6 +169,7 @@ def _encode_pretrain(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Encode
             body = next(batch)
             num_bytes.append(len(document.encode()))
         else:
+            assert isinstance(document, list)  # shards refuses others
             with _place_of_errors(place):
                 body = tok.encode_conversation(tokenizer, document)
             num_bytes.append(sum(len(text.encode()) for text in document_texts(document)))  # not the markup
@@ -170,7 +184,7 @@ def _encode_sft(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, sequence_lengt
     lengths, num_bytes = [], []
     truncated = dropped = 0
     for document, place in chunk:
-        assert not isinstance(document, str)  # shards refuses them
+        assert isinstance(document, list)  # shards refuses others
         turns = [message for message in document if message["role"] == "assistant"]
         learned_turns = [turn for turn in turns if turn.get("learned", True)]
         answered = learned_turns and all(turn["content"].strip() or turn.get("tool_calls") for turn in learned_turns)
@@ -194,4 +208,50 @@ def _encode_sft(chunk: Chunk, tokenizer: PreTrainedTokenizerBase, sequence_lengt
         np.array(num_bytes, np.int64),
         truncated,
         dropped,
+    )
+
+
+def _encode_two_parts(
+    chunk: Chunk, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, sequence_length: int
+) -> Encoded:
+    """Preferences, or judgements whose second part has the answer of the row before."""
+    pairs: list[tuple[list[Message], list[Message], bool, str]] = []
+    if encoding == "pairs":
+        for document, place in chunk:
+            assert isinstance(document, Preference)
+            pairs.append((document.chosen, document.rejected, True, place))
+    else:
+        judged = [(j, place) for document, place in chunk for j in judgements(document)]  # type: ignore[arg-type]
+        for number, (judgement, place) in enumerate(judged):
+            other = judged[number - 2 if len(judged) > 2 else number - 1][0]  # not of the same row
+            second = mismatched(judgement.messages, other.messages)
+            pairs.append((judgement.messages, second, judgement.wanted, place))
+    ids: list[int] = []
+    learned: list[bool] = []
+    lengths, num_bytes, splits, wanted = [], [], [], []
+    truncated = dropped = 0
+    for first, second, label, place in pairs:
+        with _place_of_errors(place):
+            both = fitted([tok.encode_chat(tokenizer, part) for part in (first, second)], sequence_length)
+        if both is None:
+            dropped += 1
+            continue
+        row, mask, split, cut = both
+        truncated += cut
+        answer = [token for token, flag in zip(row[:split], mask[:split], strict=True) if flag]
+        ids += row
+        learned += mask
+        lengths.append(len(row))
+        splits.append(split)
+        wanted.append(label)
+        num_bytes.append(len(tokenizer.decode(answer, skip_special_tokens=True).encode()))
+    return Encoded(
+        np.array(ids, np.uint32),
+        np.array(learned, bool),
+        np.array(lengths, np.int64),
+        np.array(num_bytes, np.int64),
+        truncated,
+        dropped,
+        np.array(splits, np.int64),
+        np.array(wanted, bool),
     )

@@ -1,9 +1,9 @@
 """Row formats: what a row of a dataset means.
 
-`FORMATS` maps a name to a `Format`: the columns it reads, and a function from a row's values to a document, a `str` for
-text or a list of messages (see `conversation.py`). To add a format, write one function, enter it in `FORMATS` and, if
-its columns tell it apart, in `detect_format`. A function raises `BadRow` for values that cannot be used, naming the
-column, the value and the rule.
+`FORMATS` maps a name to a `Format`: the columns it reads, and a function from a row's values to a document. That is a
+`str` for text, a list of messages (see `conversation.py`), or a preference or judgement (see `preferences.py`). To add
+a format, write one function, enter it in `FORMATS` and, if its columns tell it apart, in `detect_format`. A function
+raises `BadRow` for values that cannot be used, naming the column, the value and the rule.
 
 A column that no format reads is counted, so that it can be reported. One whose name says that it matters is refused.
 """
@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 
 from minimoe.config import DataConfig, SourceConfig
 from minimoe.conversation import NOTHING, BadConversation, Message, conversation, either
+from minimoe.data.preferences import Judgement, Preference, judgement, preference
 from minimoe.data.rows import BadRow, Row
 from minimoe.data.sources import describe, read_rows, unread_files
 from minimoe.data.text_files import cut_text
 from minimoe.errors import UserError, shorten, suggestion
 
-Document = str | list[Message]
+Document = str | list[Message] | Preference | Judgement
 
 _SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")  # columns beside any conversation
+_PROMPTS = ("messages", "conversations", "question", "instruction", "input")  # beside chosen and rejected
 # Left out, these would make a conversation another one.
 _MATTERS = {
     *("history", "images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "label", "documents"),
@@ -85,17 +87,51 @@ def prompt_completion(values: Mapping[str, Any], ignored: set[str]) -> list[Mess
     return _conversation(values, turns, ignored)
 
 
+def chosen_rejected(values: Mapping[str, Any], ignored: set[str]) -> Preference:
+    """{"prompt": …, "chosen": …, "rejected": …}: which answer is preferred, as texts or messages.
+
+    The prompt may also stand in `messages`, `conversations`, `question` or `instruction` (with `input`), or in both
+    sides themselves: lists of messages, or texts as Anthropic's HH rows have them.
+    """
+    names = ("messages", "conversations", "question", "instruction")
+    prompt = _turns_or_text(either(values, "prompt", *(name for name in names if values.get(name) not in NOTHING)))
+    if prompt is not None and values.get("input"):
+        prompt = [{"role": "user", "content": prompt[0]["content"] + "\n\n" + _string(values, "input")}]
+    sides = {column: _parsed(values.get(column)) for column in ("chosen", "rejected")}
+    for column, side in sides.items():  # both may begin with the prompt that also stands apart
+        if prompt is not None and isinstance(side, list) and side[: len(prompt)] == prompt:
+            sides[column] = side[len(prompt) :]
+    return preference(sides, lambda turns: _conversation(values, turns, ignored), prompt)
+
+
+def labelled(values: Mapping[str, Any], ignored: set[str]) -> Judgement:
+    """{"prompt": …, "completion": …, "label": true}, or messages with a label: whether an answer is wanted."""
+    given = [name for name in ("completion", "messages", "conversations") if values.get(name) not in NOTHING]
+    if len(given) != 1 or (given != ["completion"] and values.get("prompt") not in NOTHING):
+        raise BadRow(f"label with {' and '.join(given)}; prompt and completion, or messages alone, are needed")
+    column = given[0]
+    if column == "completion":
+        return judgement(prompt_completion(values, ignored), values.get("label"))
+    return judgement(_conversation(values, _turns(values, column), ignored), values.get("label"))
+
+
 FORMATS: dict[str, Format] = {
     "text": Format(("text",), text),
     "messages": Format(("messages", *_SYSTEM, *_TOOLS), messages),
     "conversations": Format(("conversations", *_SYSTEM, *_TOOLS), conversations),
     "alpaca": Format(("instruction", "input", "output", "history", *_SYSTEM, *_TOOLS), alpaca),
     "prompt_completion": Format(("prompt", "completion", *_SYSTEM, *_TOOLS), prompt_completion),
+    "preference": Format(("chosen", "rejected", "prompt", *_PROMPTS, *_SYSTEM, *_TOOLS), chosen_rejected),
+    "label": Format(("prompt", "completion", "messages", "conversations", "label", *_SYSTEM, *_TOOLS), labelled),
 }
 
 
 def detect_format(columns: Collection[str]) -> str | None:
     """The name of the format that has these columns; conversations win over a text column beside them."""
+    if {"chosen", "rejected"} <= set(columns):
+        return "preference"
+    if "label" in columns and {"completion", "messages", "conversations"} & set(columns):
+        return "label"
     for name in ("messages", "conversations"):
         if name in columns:
             return name
@@ -199,6 +235,10 @@ def document_texts(document: Document) -> list[str]:
     """The texts a document holds, without markup."""
     if isinstance(document, str):
         return [document]
+    if isinstance(document, Preference):
+        return document_texts(document.chosen) + document_texts(document.rejected)
+    if isinstance(document, Judgement):
+        return document_texts(document.messages)
     texts = []
     for message in document:
         texts += [json.dumps(tool, ensure_ascii=False) for tool in message.get("tools", ())]
@@ -220,6 +260,12 @@ def _string(values: Mapping[str, Any], name: str) -> str:
             f"{name} is no valid UTF-8: {shorten(value[error.start])} at character {error.start + 1}"
         ) from None
     return value
+
+
+def _turns_or_text(value: Any) -> list[Any] | None:
+    """A prompt: a text is what the user says."""
+    value = _parsed(value)
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
 def _turns(values: Mapping[str, Any], column: str) -> list[Any]:

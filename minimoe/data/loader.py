@@ -19,71 +19,24 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from minimoe.config import DataConfig, Encoding, SourceConfig
+from minimoe.data.batch import Batch as Batch
 from minimoe.data.packing import Documents, PackedRow, Packing, SplitPacking, WholePacking
+from minimoe.data.pairs import PairPacking
 from minimoe.data.shards import Corpus, prepare
 from minimoe.data.sources import describe
 from minimoe.errors import UserError
-from minimoe.model.losses import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BLOCK_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Four int64 tensors (B, S); labels are unshifted. A stage's own batch adds tensors with B rows."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    attention_mask: torch.Tensor
-
-    @classmethod
-    def stack(cls, rows: Sequence[PackedRow]) -> Batch:
-        return cls(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        return type(self)(*(tensor.to(device) for tensor in self.tensors().values()))
-
-    def split(self, rows: int) -> Iterator[Batch]:
-        """Micro-batches of at most `rows` rows."""
-        pieces = zip(*(tensor.split(rows) for tensor in self.tensors().values()), strict=True)
-        return (type(self)(*piece) for piece in pieces)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that is in it, by name."""
-        return dict(vars(self))
-
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the model's forward."""
-        return {field.name: getattr(self, field.name) for field in fields(Batch)}
-
-    def num_items(self) -> torch.Tensor:
-        """What a mean loss divides by: the learned tokens. An int64 scalar."""
-        return (self.labels[:, 1:] != IGNORE_INDEX).sum()
-
-    def num_tokens(self) -> torch.Tensor:
-        """Real tokens, learned or not. An int64 scalar."""
-        return (self.attention_mask != 0).sum()
-
-    def digest(self) -> str:
-        """A hash of the contents, for metrics and resume tests."""
-        digest = hashlib.blake2b(digest_size=8)
-        for tensor in self.tensors().values():
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 class Batches(Protocol):
@@ -113,7 +66,7 @@ class TrainLoader:
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The rank's part of batch `step`: ceil((batch_size - rank) / world_size) rows."""
         first = step * batch_size
-        return Batch.stack([self.row(first + i) for i in range(rank, batch_size, world_size)])
+        return self.packings[0].stack([self.row(first + i) for i in range(rank, batch_size, world_size)])
 
     def row(self, number: int) -> PackedRow:
         """Row `number` of the endless global order."""
@@ -150,7 +103,7 @@ class Validation:
         """The rank's rows, every world_size-th; the last batch may be smaller."""
         mine = range(rank, self.num_rows, world_size)
         for start in range(0, len(mine), batch_size):
-            yield Batch.stack([self.packing.row(0, index) for index in mine[start : start + batch_size]])
+            yield self.packing.stack([self.packing.row(0, index) for index in mine[start : start + batch_size]])
 
 
 @dataclass(frozen=True)
@@ -162,18 +115,27 @@ class Data:
     ignored: Mapping[str, int] = field(default_factory=dict)  # rows with a column that their format does not read
 
 
-def open_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, seed: int) -> Data:
+def open_data(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    seed: int,
+    annotate: Callable[[Corpus], Corpus] = lambda corpus: corpus,
+) -> Data:
     """Tokenise what is not cached, split and pack.
+
+    Args:
+        annotate: adds to every corpus what a stage wants to know of its documents.
 
     Raises:
         UserError: unusable data, or no row to train on.
     """
-    corpora = [prepare(source, data, tokenizer, encoding) for source in data.train]
+    corpora = [annotate(prepare(source, data, tokenizer, encoding)) for source in data.train]
     chosen = [np.arange(corpus.num_documents) for corpus in corpora]
     validation: Validation | None = None
     validation_fingerprints: list[str] = []
     if data.validation is not None:
-        validation, validation_fingerprints = _open_validation(data.validation, data, tokenizer, encoding)
+        validation, validation_fingerprints = _open_validation(data.validation, data, tokenizer, encoding, annotate)
     elif data.validation_fraction > 0:
         chosen, held_out = split_documents([len(ids) for ids in chosen], data, seed)
         if sum(map(len, held_out)):
@@ -213,9 +175,13 @@ def open_validation(
 
 
 def _open_validation(
-    sources: Sequence[SourceConfig], data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    annotate: Callable[[Corpus], Corpus] = lambda corpus: corpus,
 ) -> tuple[Validation, list[str]]:
-    corpora = [prepare(source, data, tokenizer, encoding) for source in sources]
+    corpora = [annotate(prepare(source, data, tokenizer, encoding)) for source in sources]
     chosen = [np.arange(corpus.num_documents) for corpus in corpora]
     hashes = [document_hashes(len(ids), 0, number) for number, ids in enumerate(chosen)]
     documents = Documents.select(corpora, _cap(chosen, hashes, data.max_validation_documents))
@@ -287,7 +253,9 @@ def _pack(
     shuffle: bool = True,
 ) -> Packing:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    strategy = WholePacking if encoding == "sft" else SplitPacking
+    strategy: type[SplitPacking | WholePacking] = SplitPacking
+    if encoding != "pretrain":
+        strategy = WholePacking if encoding == "sft" else PairPacking
     return strategy(documents, data.sequence_length, seed, pad_id, shuffle)
 
 

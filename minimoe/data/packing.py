@@ -8,8 +8,9 @@ f g. A row's first token is never predicted, so with the overlap every token but
 predicted exactly once an epoch, and nothing is padded but the end of the last row. Price: a document that is
 cut continues without what stood before the cut.
 
-`WholePacking` (SFT). Documents are never cut: best-fit decreasing puts each, longest first, into the fullest
-row that still has room. Rows are planned once, visited in another order each epoch, and padded on the right.
+`WholePacking` (SFT, and preferences, whose documents are pairs). Documents are never cut: best-fit decreasing puts
+each, longest first, into the fullest row that still has room. Rows are planned once, visited in another order each
+epoch, and padded on the right.
 
 For both, the number of rows is the same every epoch and `row(epoch, index)` is a pure function of the seed.
 
@@ -25,10 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from minimoe.data.batch import Batch
 from minimoe.data.shards import Corpus
 from minimoe.model.losses import IGNORE_INDEX
 
@@ -44,8 +46,11 @@ class Packing(Protocol):
     """What both strategies offer."""
 
     num_rows: int
+    documents: Documents
 
     def row(self, epoch: int, index: int) -> PackedRow: ...
+
+    def stack(self, rows: Sequence[Any]) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Documents:
 
     corpora: Sequence[Corpus]
     corpus_ids: np.ndarray  # (N,) which corpus
+    indices: np.ndarray  # (N,) which of its documents
     starts: np.ndarray  # (N,) first token within it
     lengths: np.ndarray  # (N,)
     num_bytes: np.ndarray  # (N,)
@@ -66,6 +72,7 @@ class Documents:
         return cls(
             corpora=corpora,
             corpus_ids=np.concatenate(corpus_ids),
+            indices=np.concatenate(chosen),
             starts=np.concatenate([corpus.offsets[indices] for corpus, indices in pairs]),
             lengths=np.concatenate([np.diff(corpus.offsets)[indices] for corpus, indices in pairs]),
             num_bytes=np.concatenate([corpus.num_bytes[indices] for corpus, indices in pairs]),
@@ -80,6 +87,14 @@ class Documents:
         first = self.starts[document]
         piece = slice(first + start, first + stop)
         return corpus.tokens[piece], None if corpus.learned is None else corpus.learned[piece]
+
+    def parts(self, document: int) -> list[tuple[int, int]]:
+        """(start, stop) of what attends to itself alone: the document, or each of its two parts."""
+        splits, length = self.corpora[self.corpus_ids[document]].splits, int(self.lengths[document])
+        if splits is None:
+            return [(0, length)]
+        split = int(splits[self.indices[document]])
+        return [(0, split), (split, length)]
 
 
 class SplitPacking:
@@ -111,6 +126,8 @@ class SplitPacking:
             start, position = end, position + 1
         return _assemble(self.documents, fragments, self.sequence_length, self.pad_id)
 
+    stack = staticmethod(Batch.stack)
+
     def _lay_out(self, epoch: int) -> None:
         count = len(self.documents)
         if self.shuffle:
@@ -139,14 +156,28 @@ class WholePacking:
         self._cached_epoch = -1
 
     def row(self, epoch: int, index: int) -> PackedRow:
+        fragments = [
+            (int(document), start, stop)
+            for document in self.members(epoch, index)
+            for start, stop in self.documents.parts(int(document))
+        ]
+        return _assemble(self.documents, fragments, self.sequence_length, self.pad_id)
+
+    stack = staticmethod(Batch.stack)
+
+    def members(self, epoch: int, index: int) -> np.ndarray:
+        """The documents of a row, in their order."""
         if epoch != self._cached_epoch:
             rng = np.random.default_rng([self.seed, epoch])
             self._row_order = rng.permutation(self.num_rows) if self.shuffle else np.arange(self.num_rows)
             self._cached_epoch = epoch
         planned = int(self._row_order[index])
-        members = self._documents[self._bounds[planned] : self._bounds[planned + 1]]
-        fragments = [(int(document), 0, int(self.documents.lengths[document])) for document in members]
-        return _assemble(self.documents, fragments, self.sequence_length, self.pad_id)
+        return self._documents[self._bounds[planned] : self._bounds[planned + 1]]
+
+    @property
+    def most_members(self) -> int:
+        """Documents of the fullest row."""
+        return int(np.diff(self._bounds).max(initial=0))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""`minimoe preview`: the first rows exactly as the trainer sees them.
+"""`minimoe preview`: the first rows exactly as the trainer sees them; of preferences, both answers apart.
 
 Learned tokens are coloured (two shades in turn, so that token borders show), masked ones dim. A token is
 learned if the loss predicts it, that is if its label is not IGNORE_INDEX.
@@ -6,6 +6,7 @@ learned if the loss predicts it, that is if its label is not IGNORE_INDEX.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,8 +14,10 @@ from rich.rule import Rule
 from rich.text import Text
 
 from minimoe.config import TrainingRun
+from minimoe.data.batch import Batch
 from minimoe.data.formats import left_aside
 from minimoe.data.loader import open_data
+from minimoe.data.pairs import PairBatch
 from minimoe.model.losses import IGNORE_INDEX
 from minimoe.tokenizer import load_tokenizer, set_chat_template
 
@@ -31,6 +34,7 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
     tokenizer = load_tokenizer(config.tokenizer_source)
     set_chat_template(tokenizer, config.chat_template)
     data = open_data(config.data, tokenizer, config.encoding, config.seed)
+    titles = ("chosen", "rejected") if config.encoding == "pairs" else ("", "answer to another prompt")
     loader = data.train
     count = min(count, loader.rows_per_epoch)
     batch = loader.batch(step=0, batch_size=count)
@@ -42,7 +46,10 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
         positions = batch.position_ids[number][real].tolist()
         learned = [label != IGNORE_INDEX for label in labels]
         console.print(Rule(f"row {number}"))
-        console.print(_colour(ids, learned, tokenizer))
+        for title, part in _parts(batch, number, len(ids), titles):
+            if title:
+                console.print(title, style="bold", markup=False, highlight=False)
+            console.print(_colour(ids[part], learned[part], tokenizer))
         console.print(
             f"{len(ids)} tokens, {positions.count(0)} documents or parts, {len(real) - len(ids)} padding, "
             f"{sum(learned) / len(ids):.0%} learned",
@@ -50,13 +57,26 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
         )
     for name, value in left_aside(config.data.train, data.ignored).items():
         console.print(f"{name}: {value}", markup=False, highlight=False)
-    total, share = int(batch.attention_mask.sum()), int(batch.num_items())
+    total, share = int(batch.attention_mask.sum()), int((batch.labels != IGNORE_INDEX).sum())
     console.print(Rule())
     console.print(
         f"{loader.rows_per_epoch:,} rows of {config.data.sequence_length} tokens per epoch; "
         f"learned in these {count} rows: {share / total:.0%}",
         highlight=False,
     )
+
+
+def _parts(batch: Batch, row: int, length: int, titles: tuple[str, str]) -> Iterator[tuple[str, slice]]:
+    """The row as it is shown: whole, or the parts of its pairs with their titles."""
+    if not isinstance(batch, PairBatch):
+        yield "", slice(length)
+        return
+    parts = batch.parts[row][:length].tolist()
+    for number in sorted(set(parts)):
+        pair, side = divmod(number - 1, 2)
+        label = "wanted" if batch.wanted[row, pair] else "unwanted"
+        start = parts.index(number)
+        yield f"[{pair + 1}] {titles[side] or label}", slice(start, start + parts.count(number))
 
 
 def _colour(ids: list[int], learned: list[bool], tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -2,9 +2,11 @@
 
 A shard is a folder `cache_dir/<fingerprint>/` with
     tokens.bin     token ids of all documents end to end; uint16, or uint32 for a vocabulary of 65,536 or more
-    learned.bin    SFT only: bool per token, True where it is predicted
+    learned.bin    not in pretraining: bool per token, True where it is predicted
     offsets.bin    int64, N + 1: document i is tokens[offsets[i] : offsets[i + 1]]
     num_bytes.bin  int64, N: UTF-8 bytes of the text that is predicted, the denominator of bits per byte
+    splits.bin     documents of two parts only: int64, N: tokens of the first part; and
+    wanted.bin     bool, N: the label of a judgement
     meta.json      counts, dtype and file sizes
 It is built in a temporary folder and renamed, under a lock, so a killed run leaves nothing that looks
 finished and the processes of one run tokenise once. Memory stays bounded: documents are read, encoded and
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -31,6 +33,7 @@ from minimoe.config import DataConfig, Encoding, SourceConfig
 from minimoe.data import sources
 from minimoe.data.encode import Chunk, encode_all, num_characters
 from minimoe.data.formats import Counts, read_documents
+from minimoe.data.preferences import Judgement, Preference
 from minimoe.errors import StorageError, UserError
 from minimoe.user_cache import user_cache
 
@@ -40,6 +43,28 @@ if TYPE_CHECKING:
 _VERSION = 2  # raise it when the same input gives other shards
 CHUNK_CHARACTERS = 1 << 20
 _CHECK_TOKENS = 1 << 24
+
+
+# What each encoding takes, and what is said of something else.
+_TAKES: dict[Encoding, Any] = {
+    "pretrain": (str, list),
+    "sft": list,
+    "pairs": Preference,
+    "labels": (Preference, Judgement),
+}
+_WANTS = {
+    "pretrain": "pretraining learns from text or conversations",
+    "sft": "SFT learns from conversations",
+    "pairs": "preferences are learned from rows with chosen and rejected",
+    "labels": "kto learns from rows with a label, or with chosen and rejected",
+}
+_IS = {str: "plain text", list: "a conversation", Preference: "a preference", Judgement: "an answer with a label"}
+_FIX = {
+    "pretrain": "train on it with `minimoe dpo`",
+    "sft": "give rows of format messages, conversations, alpaca or prompt_completion; preferences go to `minimoe dpo`",
+    "pairs": "give columns prompt, chosen and rejected; for answers with a label set dpo.loss: kto",
+    "labels": "give columns prompt, completion and label",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,9 @@ class Corpus:
     fingerprint: str
     counts: dict[str, int]  # documents, tokens, bytes, truncated, dropped, bad_rows, empty_rows
     ignored: dict[str, int] = field(default_factory=dict)  # rows with a column that the format does not read
+    splits: np.ndarray | None = None  # (N,) int64: of documents of two parts, tokens of the first
+    wanted: np.ndarray | None = None  # (N,) bool: labels of judgements
+    reference: np.ndarray | None = None  # (N, 2) float32: log-probabilities of both parts under another model
 
     @property
     def num_documents(self) -> int:
@@ -110,7 +138,7 @@ def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTo
         "template": str(tokenizer.chat_template),
         "special": tokenizer.special_tokens_map,
         "stage": encoding,
-        "sequence_length": data.sequence_length if encoding == "sft" else None,  # pretraining cuts rows later
+        "sequence_length": data.sequence_length if encoding != "pretrain" else None,  # which cuts rows later
         "max_documents": data.max_documents,
         "on_bad_rows": data.on_bad_rows,
     }
@@ -127,6 +155,8 @@ def _open(folder: Path, fingerprint: str, vocab_size: int) -> Corpus:
         fingerprint=fingerprint,
         counts=meta["counts"],
         ignored=meta["ignored"],
+        splits=np.fromfile(folder / "splits.bin", dtype=np.int64) if "splits.bin" in meta["sizes"] else None,
+        wanted=np.fromfile(folder / "wanted.bin", dtype=bool) if "wanted.bin" in meta["sizes"] else None,
     )
     for start in range(0, len(corpus.tokens), _CHECK_TOKENS):
         block = corpus.tokens[start : start + _CHECK_TOKENS]
@@ -159,7 +189,8 @@ def _build(
     dtype = np.uint16 if len(tokenizer) < 1 << 16 else np.uint32
     skipped = Counts()
     counts = dict.fromkeys(("documents", "tokens", "bytes", "truncated", "dropped"), 0)
-    names = ["tokens.bin", "offsets.bin", "num_bytes.bin"] + (["learned.bin"] if encoding == "sft" else [])
+    names = ["tokens.bin", "offsets.bin", "num_bytes.bin"]
+    names += {"pretrain": [], "sft": ["learned.bin"]}.get(encoding, ["learned.bin", "splits.bin", "wanted.bin"])
     files: dict[str, IO[bytes]] = {name: (folder / name).open("wb") for name in names}
     try:
         np.zeros(1, np.int64).tofile(files["offsets.bin"])
@@ -173,8 +204,9 @@ def _build(
                 encoded.tokens.astype(dtype).tofile(files["tokens.bin"])
                 (counts["tokens"] + np.cumsum(encoded.lengths)).astype(np.int64).tofile(files["offsets.bin"])
                 encoded.num_bytes.astype(np.int64).tofile(files["num_bytes.bin"])
-                if encoded.learned is not None:
-                    encoded.learned.tofile(files["learned.bin"])
+                for name in ("learned", "splits", "wanted"):
+                    if (values := getattr(encoded, name)) is not None:
+                        values.tofile(files[f"{name}.bin"])
                 counts["documents"] += len(encoded.lengths)
                 counts["tokens"] += len(encoded.tokens)
                 counts["bytes"] += int(encoded.num_bytes.sum())
@@ -192,7 +224,7 @@ def _build(
         )
     meta = {
         "dtype": np.dtype(dtype).name,
-        "learned": encoding == "sft",
+        "learned": encoding != "pretrain",
         "counts": counts | {"bad_rows": skipped.bad_rows, "empty_rows": skipped.empty_rows},
         "ignored": dict(skipped.ignored),
         "sizes": {name: (folder / name).stat().st_size for name in names},
@@ -204,12 +236,8 @@ def _chunks(source: SourceConfig, data: DataConfig, encoding: Encoding, skipped:
     chunk: Chunk = []
     size = 0
     for document, place in read_documents(source, data, skipped):
-        if encoding == "sft" and isinstance(document, str):
-            raise UserError(
-                "SFT learns from conversations, and this is plain text",
-                where=place,
-                fix="give rows of format messages, conversations, alpaca or prompt_completion",
-            )
+        if not isinstance(document, _TAKES[encoding]):
+            raise UserError(f"{_WANTS[encoding]}, and this is {_IS[type(document)]}", where=place, fix=_FIX[encoding])
         chunk.append((document, place))
         size += num_characters(document)
         if size >= CHUNK_CHARACTERS:

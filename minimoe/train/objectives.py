@@ -20,13 +20,14 @@ class Step(NamedTuple):
 
     num_items: Tensor  # `Batch.num_items()` of the whole step over all ranks: what a mean loss divides by
     num_tokens: Tensor  # `Batch.num_tokens()` likewise
+    sum_ranks: Callable[[Tensor], Tensor]  # a tensor -> its sum over the ranks' same micro-batches. A collective.
     # This call's expert counts (L, E) -> those of all ranks, this micro-batch's and the earlier ones'. A collective.
     gather_counts: Callable[[Tensor], Tensor]
 
     @classmethod
     def of(cls, batch: Batch) -> Step:
         """The step that this batch, on one rank, is all of."""
-        return cls(batch.num_items(), batch.num_tokens(), lambda counts: counts)
+        return cls(batch.num_items(), batch.num_tokens(), lambda tensor: tensor, lambda counts: counts)
 
 
 class Losses(NamedTuple):

@@ -89,7 +89,7 @@ def forward_backward(
     world = accelerator.num_processes
     batch = batch.to(accelerator.device)
     num_items, num_tokens = accelerator.reduce(torch.stack([batch.num_items(), batch.num_tokens()]))
-    step = Step(num_items, num_tokens, _CountsSoFar(accelerator))
+    step = Step(num_items, num_tokens, accelerator.reduce, _CountsSoFar(accelerator))
     micros = list(batch.split(micro_rows))
     names: list[str] = []
     totals = counts = None

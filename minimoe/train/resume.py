@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
+from minimoe.adapters import check_same_base, has_adapter
 from minimoe.errors import UserError
 from minimoe.model.config import MiniMoeConfig
 from minimoe.train import checkpoint
@@ -16,6 +17,7 @@ from minimoe.train.checkpoint import TrainerState
 
 # What a resumed run must share with the one it continues; every other change of the config is only logged.
 _FIXED = ("seed", "data.sequence_length", "train.batch_size", "optimizer.name")
+_FIXED_SECTIONS = ("lora.", "distil.", "dpo.", "grpo.")
 _FREE_ARCHITECTURE = ("dispatch", "dropout", "coef", "rate", "loss_type", "use_cache", "logits")  # ends of names
 
 
@@ -38,7 +40,7 @@ def resume(
         return fresh
     recorded = checkpoint.load_state(found)
     changes = _changes(recorded.config, fresh.config)
-    conflicts = {key: change for key, change in changes.items() if key in _FIXED}
+    conflicts = {key: change for key, change in changes.items() if key in _FIXED or key.startswith(_FIXED_SECTIONS)}
     conflicts |= _architecture_changes(json.loads((found / "config.json").read_text()), model.config.to_dict())
     if conflicts:
         raise UserError(
@@ -46,6 +48,8 @@ def resume(
             where=str(found),
             fix="restore the values, or start a new run with another output_dir",
         )
+    if has_adapter(model):
+        check_same_base(model, found)
     if recorded.data_fingerprint != fresh.data_fingerprint:
         edits = {key: change for key, change in changes.items() if key.startswith("data.")}
         raise UserError(
