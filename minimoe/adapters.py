@@ -88,12 +88,12 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     Args:
         weights: of the model's state; None takes them from the model.
     """
-    from peft import get_peft_model_state_dict
-
-    (config,) = model.peft_config.values()
-    tensors = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    # While a checkpoint is written, training goes on, and `peft` puts modules in and takes them out in every forward
+    # pass: here nothing but the config is read of a model whose weights are given.
+    ((name, config),) = model.peft_config.items()
+    tensors = trained_tensors(model) if weights is None else weights
     save_file(
-        {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()},
+        {f"{_PREFIX}{key.replace(f'.{name}.', '.')}": tensor.contiguous() for key, tensor in tensors.items()},
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )

@@ -159,8 +159,8 @@ def seen(document) -> str:
 INTRODUCTION = """\
 # Forms of a row
 What a row of a data file may look like, and the text that the model sees. In SFT, what stands in [brackets] is learned;
-in pretraining all of it is, but the document's first token; of preferences it is what is compared. A test makes this page from the code:
-`python -m tests.test_formats_page` writes it anew.
+in pretraining all of it is, but the document's first token; of preferences it is what is compared. A test makes this
+page from the code: `python -m tests.test_formats_page` writes it anew.
 
 A column or key that is not read is listed once, with the number of its rows, when training starts and by `minimoe
 preview`. One whose name says that it matters (`images`, `history`, `chosen`, …) and that the format cannot take is

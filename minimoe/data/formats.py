@@ -95,8 +95,10 @@ def chosen_rejected(values: Mapping[str, Any], ignored: set[str]) -> Preference:
     """
     names = ("messages", "conversations", "question", "instruction")
     prompt = _turns_or_text(either(values, "prompt", *(name for name in names if values.get(name) not in NOTHING)))
-    if prompt is not None and values.get("input"):
-        prompt = [{"role": "user", "content": prompt[0]["content"] + "\n\n" + _string(values, "input")}]
+    if values.get("input") not in NOTHING:
+        if not isinstance(values.get("instruction"), str):
+            raise BadRow(f"input is {shorten(values['input'])}; it belongs to an instruction, which is missing")
+        prompt = [{"role": "user", "content": values["instruction"] + "\n\n" + _string(values, "input")}]
     sides = {column: _parsed(values.get(column)) for column in ("chosen", "rejected")}
     for column, side in sides.items():  # both may begin with the prompt that also stands apart
         if prompt is not None and isinstance(side, list) and side[: len(prompt)] == prompt:
@@ -265,7 +267,11 @@ def _string(values: Mapping[str, Any], name: str) -> str:
 def _turns_or_text(value: Any) -> list[Any] | None:
     """A prompt: a text is what the user says."""
     value = _parsed(value)
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if value is None or isinstance(value, list):
+        return value
+    if not isinstance(value, str):
+        raise BadRow(f"the prompt is {shorten(value)}; a text or messages are needed")
+    return [{"role": "user", "content": value}]
 
 
 def _turns(values: Mapping[str, Any], column: str) -> list[Any]:
