@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_runs import MODEL, cut_back, outcome, rows, training_rows
 
 from minimoe.config import TrainingRun
-from minimoe.data.loader import Batch, Data
+from minimoe.data.loader import Batch, Batches, Data
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.train.loop import fit
@@ -34,7 +34,7 @@ class WeightedBatch(Batch):
         return torch.tensor(len(self.weights))
 
 
-class CountingRows:
+class CountingRows(Batches):
     """Row i counts up from i: wanted where i is even."""
 
     rows_per_epoch = 10

@@ -48,6 +48,12 @@ def dpo(config: Config, overrides: Overrides = None, resume: Resume = False, ove
     _train("dpo", config, overrides, resume, overwrite)
 
 
+@app.command(context_settings=OVERRIDES, epilog="Example: minimoe grpo configs/quickstart/grpo.yaml grpo.group_size=16")
+def grpo(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+    """Learn from rewards, Python functions of the model's own answers (GRPO, Dr. GRPO, CISPO)."""
+    _train("grpo", config, overrides, resume, overwrite)
+
+
 @app.command(context_settings=OVERRIDES, epilog="Example: minimoe preview configs/quickstart/sft.yaml --count 5")
 def preview(
     config: Config,

@@ -16,9 +16,11 @@ from minimoe.config.data import SourceConfig as SourceConfig
 from minimoe.config.generation import GenerationSection as GenerationSection
 from minimoe.config.generation import WeightsName as WeightsName
 from minimoe.config.section import OutputDir, Section, Seed
-from minimoe.config.stages import DistilConfig, GrpoConfig
+from minimoe.config.stages import DistilConfig as DistilConfig
 from minimoe.config.stages import DpoConfig as DpoConfig
+from minimoe.config.stages import GrpoConfig as GrpoConfig
 from minimoe.config.stages import LoraConfig as LoraConfig
+from minimoe.config.stages import RewardConfig as RewardConfig
 from minimoe.config.training import LoggingConfig, OptimizerConfig, TrainConfig
 from minimoe.config.training import ScheduleConfig as ScheduleConfig
 

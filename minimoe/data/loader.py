@@ -21,7 +21,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,22 +34,34 @@ from minimoe.data.sources import describe
 from minimoe.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 BLOCK_ROWS = 1024
 
 
-class Batches(Protocol):
-    """What a stage learns from."""
+class Batches:
+    """What a stage learns from: it gives `rows_per_epoch` and `batch`, and the rest where it has more to say."""
 
     rows_per_epoch: int
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The rank's part of batch `step`: a pure function of its arguments."""
-        ...
+        """The rank's part of batch `step`: a pure function of its arguments, and where a stage says so of the model."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, float]:
+        """Of the last batch, for the metrics; with `tokens` where these are not the step's rows times their length."""
+        return {}
+
+    def state_tensors(self, step: int) -> dict[str, torch.Tensor]:
+        """What the batches from `step` on cannot be made of anew, for a checkpoint."""
+        return {}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The reverse of `state_tensors`."""
 
 
-class TrainLoader:
+class TrainLoader(Batches):
     """`Batches` of packed documents, without end.
 
     Args:
@@ -109,7 +121,7 @@ class Validation:
 @dataclass(frozen=True)
 class Data:
     train: Batches
-    validation: Validation | None
+    validation: Any  # what the stage's `evaluate` takes, with `num_documents`; None: nothing is held out
     counts: Mapping[str, int]  # of the training sources, see shards.Corpus, and train_ and validation_documents
     fingerprint: str  # of everything that decides the batches, but the seed
     ignored: Mapping[str, int] = field(default_factory=dict)  # rows with a column that their format does not read

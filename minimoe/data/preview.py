@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from minimoe.config import TrainingRun
+from minimoe.config import GrpoRun, TrainingRun
 from minimoe.data.batch import Batch
 from minimoe.data.formats import left_aside
 from minimoe.data.loader import open_data
 from minimoe.data.pairs import PairBatch
+from minimoe.data.prompts import open_prompts, prompt_at
 from minimoe.model.losses import IGNORE_INDEX
 from minimoe.tokenizer import load_tokenizer, set_chat_template
 
@@ -33,6 +34,9 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
     console = console or Console()
     tokenizer = load_tokenizer(config.tokenizer_source)
     set_chat_template(tokenizer, config.chat_template)
+    if isinstance(config, GrpoRun):
+        _show_prompts(config, tokenizer, count, console)
+        return
     data = open_data(config.data, tokenizer, config.encoding, config.seed)
     titles = ("chosen", "rejected") if config.encoding == "pairs" else ("", "answer to another prompt")
     loader = data.train
@@ -62,6 +66,24 @@ def run(config: TrainingRun, count: int = 3, console: Console | None = None) -> 
     console.print(
         f"{loader.rows_per_epoch:,} rows of {config.data.sequence_length} tokens per epoch; "
         f"learned in these {count} rows: {share / total:.0%}",
+        highlight=False,
+    )
+
+
+def _show_prompts(config: GrpoRun, tokenizer: PreTrainedTokenizerBase, count: int, console: Console) -> None:
+    """What is asked, and what a reward gets to know of it."""
+    prompts = open_prompts(config.data, tokenizer, config.seed, config.grpo.max_new_tokens, config.grpo.eval_prompts)
+    for number in range(min(count, len(prompts.train))):
+        prompt = prompt_at(prompts.train, number, config.seed)
+        console.print(Rule(f"prompt {number}"))
+        console.print(_colour(prompt.token_ids, [False] * len(prompt.token_ids), tokenizer))
+        for name, value in prompt.row.items():
+            if name not in ("prompt", "messages", "conversations"):
+                console.print(f"{name}: {value}", markup=False, highlight=False)
+    console.print(Rule())
+    console.print(
+        f"{len(prompts.train):,} prompts, {len(prompts.held_out):,} held out, {prompts.counts['dropped']:,} too long; "
+        f"{config.grpo.group_size} answers to each",
         highlight=False,
     )
 

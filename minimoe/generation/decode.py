@@ -33,6 +33,7 @@ class DecodeBatch:
         generators: one a row.
         cache: holds the first positions of the only prompt already, or None.
         fast: another form of the model; None decodes with its own forward.
+        with_logprobs: keep in `logprobs` how likely each of the newest tokens was, at this temperature.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class DecodeBatch:
         generators: Sequence[torch.Generator],
         cache: PreallocatedCache | None = None,
         fast: PackedModel | CompiledModel | None = None,
+        with_logprobs: bool = False,
     ) -> None:
         assert cache is None or len(prompts) == 1, "a warm cache belongs to one conversation"
         self._model, self._fast, self._settings, self._generators = model, fast, settings, list(generators)
@@ -52,6 +54,8 @@ class DecodeBatch:
         capacity = longest + max_new_tokens
         self._cache = cache if cache is not None else PreallocatedCache(model.config, capacity)
         self._length, self._prefilling = self._cache.get_seq_length(), True
+        self._with_logprobs = with_logprobs
+        self.logprobs: list[float] = []
 
         pads = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)  # (B, 1)
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -82,6 +86,9 @@ class DecodeBatch:
         greedy = self._settings.temperature == 0
         uniforms = None if greedy else draw_uniforms(self._generators, logits.device)
         self._next = sample(logits, self._settings, uniforms).unsqueeze(1)  # (B, 1)
+        if self._with_logprobs:
+            scaled = logits.float() / (self._settings.temperature or 1.0)
+            self.logprobs = scaled.log_softmax(-1).gather(1, self._next).squeeze(1).tolist()
         if self._seen is not None:
             self._seen.scatter_(1, self._next, True)
         return self._next.squeeze(1).tolist()

@@ -48,6 +48,7 @@ class Completion:
     prompt_tokens: int
     seconds: float
     cut: bool = False  # by a stop string: the last ids are not in the text
+    logprobs: tuple[float, ...] | None = None  # of the token ids at the settings' temperature, where asked for
 
     @property
     def new_tokens(self) -> int:
@@ -160,17 +161,30 @@ class Engine:
         """Complete all prompts, `settings.batch_size` at a time; results are in the order of the prompts."""
         return self.complete([self.encode(prompt, settings.chat) for prompt in prompts], settings)
 
-    def complete(self, prompts: Sequence[list[int]], settings: GenerationSection) -> list[Completion]:
-        """`generate` for prompts that are token ids already, each with room in the context for a new token."""
+    def complete(
+        self,
+        prompts: Sequence[list[int]],
+        settings: GenerationSection,
+        occurrences: Sequence[int] | None = None,
+        with_logprobs: bool = False,
+    ) -> list[Completion]:
+        """`generate` for prompts that are token ids already, each with room in the context for a new token.
+
+        Args:
+            occurrences: numbers that make equal prompts differ; None counts them.
+            with_logprobs: completions say how likely their tokens were.
+        """
         seen: Counter[tuple[int, ...]] = Counter()
         rows = []
-        for ids in prompts:
-            rows.append(self._row(ids, settings, occurrence=seen[tuple(ids)]))
+        for number, ids in enumerate(prompts):
+            occurrence = seen[tuple(ids)] if occurrences is None else occurrences[number]
+            rows.append(self._row(ids, settings, occurrence))
             seen[tuple(ids)] += 1
         # Neighbours of similar length need little padding.
         by_length = sorted(rows, key=lambda row: len(row.prompt))
         for start in range(0, len(rows), settings.batch_size):
-            for _ in self._decode(by_length[start : start + settings.batch_size], settings):
+            chunk = by_length[start : start + settings.batch_size]
+            for _ in self._decode(chunk, settings, with_logprobs=with_logprobs):
                 pass
         return [row.completion() for row in rows]
 
@@ -201,7 +215,11 @@ class Engine:
         return _Row(ids, limit, generator, end_ids, detokenizer, StopFilter(settings.stop))
 
     def _decode(
-        self, rows: Sequence[_Row], settings: GenerationSection, cache: PreallocatedCache | None = None
+        self,
+        rows: Sequence[_Row],
+        settings: GenerationSection,
+        cache: PreallocatedCache | None = None,
+        with_logprobs: bool = False,
     ) -> Generator[str, None, None]:
         """Run rows to their ends and yield their pieces of text, of use where there is one row."""
         started = time.perf_counter()
@@ -214,10 +232,13 @@ class Engine:
             [row.generator for row in rows],
             cache,
             self.fast(settings),
+            with_logprobs,
         )
         while True:
-            for row, token_id in zip(live, batch.step(), strict=True):
+            for place, (row, token_id) in enumerate(zip(live, batch.step(), strict=True)):
                 if row.finish_reason is None:
+                    if with_logprobs:
+                        row.logprobs.append(batch.logprobs[place])
                     piece = row.push(token_id)
                     row.seconds = time.perf_counter() - started
                     if piece:
@@ -282,6 +303,7 @@ class _Row:
     def __post_init__(self) -> None:
         self.new_ids: list[int] = []
         self.pieces: list[str] = []
+        self.logprobs: list[float] = []
         self.finish_reason: str | None = None
         self.seconds = 0.0
 
@@ -308,6 +330,7 @@ class _Row:
             len(self.prompt),
             self.seconds,
             self.stops.stopped,
+            tuple(self.logprobs) or None,
         )
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,10 +64,15 @@ class Snapshot:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: list[dict[str, Tensor]]  # of every process
+    data: dict[str, Tensor] = field(default_factory=dict)  # what later batches cannot be made of anew
 
 
 def take_snapshot(
-    model: nn.Module, optimizers: list[Optimizer], state: TrainerState, rng: list[dict[str, Tensor]]
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    state: TrainerState,
+    rng: list[dict[str, Tensor]],
+    data: dict[str, Tensor] | None = None,
 ) -> Snapshot:
     """Copy what has to be saved."""
     copies: dict[int, Tensor] = {}  # by address: tied tensors stay one, and are written once
@@ -75,7 +80,7 @@ def take_snapshot(
         name: copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
         for name, tensor in trained_tensors(model).items()
     }
-    return Snapshot(_state_from(asdict(state)), weights, _optimizer_tensors(optimizers), rng)
+    return Snapshot(_state_from(asdict(state)), weights, _optimizer_tensors(optimizers), rng, data or {})
 
 
 def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
@@ -97,6 +102,7 @@ def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
         tensors = dict(snapshot.optimizer)
         for rank, states in enumerate(snapshot.rng):
             tensors |= {f"rng.{rank}.{name}": tensor for name, tensor in states.items()}
+        tensors |= {f"data.{name}": tensor.contiguous() for name, tensor in snapshot.data.items()}
         save_file(tensors, folder / OPTIMIZER_STATE)
         failpoint("save.optimizer")
         (folder / TRAINER_STATE).write_text(json.dumps(asdict(snapshot.state), indent=1))
@@ -223,8 +229,14 @@ def load_state(folder: Path) -> TrainerState:
     return _state_from(json.loads((folder / TRAINER_STATE).read_text()))
 
 
-def restore(folder: Path, model: Any, optimizers: list[Optimizer], rank: int) -> TrainerState:
-    """Put weights, optimizer moments and random generators back as they were."""
+def restore(
+    folder: Path,
+    model: Any,
+    optimizers: list[Optimizer],
+    rank: int,
+    load_data: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
+) -> TrainerState:
+    """Put weights, optimizer moments, random generators and the data's state back as they were."""
     if has_adapter(model):
         load_weights(model, folder)
     else:
@@ -239,6 +251,7 @@ def restore(folder: Path, model: Any, optimizers: list[Optimizer], rank: int) ->
     rng = {name.removeprefix(f"rng.{rank}."): t for name, t in tensors.items() if name.startswith(f"rng.{rank}.")}
     if rng:  # a larger number of processes than before: the new ones keep their seed
         set_rng(rng)
+    load_data({name.removeprefix("data."): t for name, t in tensors.items() if name.startswith("data.")})
     return load_state(folder)
 
 

@@ -151,7 +151,8 @@ def _prepare(
     model.model.moves_selection_bias = True
     state = TrainerState(data_fingerprint=data.fingerprint, config=values)
     if resume:
-        state = resume_run(folder / CHECKPOINTS, model, optimizers, accelerator, state)
+        load_data = data.train.load_state_tensors
+        state = resume_run(folder / CHECKPOINTS, model, optimizers, accelerator, state, load_data)
     if accelerator.is_main_process:
         claim_folder(config, keep=resume)
     logger = MetricsLogger(
@@ -208,7 +209,8 @@ def _loop(run: Run) -> None:
         if run.due(train.save_every) or stopping:
             rng = gather_object([checkpoint.get_rng()])
             if run.accelerator.is_main_process:
-                run.saver.submit(checkpoint.take_snapshot(run.model, run.optimizers, state, rng))
+                data = run.data.train.state_tensors(state.step)
+                run.saver.submit(checkpoint.take_snapshot(run.model, run.optimizers, state, rng, data))
         if stopping:
             run.saver.wait()
             run.accelerator.wait_for_everyone()
@@ -236,7 +238,8 @@ def _step(run: Run) -> None:
     for optimizer in run.optimizers:
         optimizer.zero_grad()
     state.step += 1
-    state.tokens += train.batch_size * config.data.sequence_length
+    facts = run.data.train.facts()
+    state.tokens += int(facts.pop("tokens", train.batch_size * config.data.sequence_length))
 
     if verdict.problem:
         row: dict[str, Any] = {"step": state.step, "loss": loss, "grad_norm": grad_norm}
@@ -246,7 +249,7 @@ def _step(run: Run) -> None:
     logger.seconds += time.perf_counter() - started  # of training alone
     if run.due(train.log_every):
         row = {"step": state.step, "tokens": state.tokens, "lr": config.optimizer.lr * factor}
-        row |= {name: value.item() for name, value in terms.items()}
+        row |= {name: value.item() for name, value in terms.items()} | facts
         row |= {"grad_norm": grad_norm, "batch_hash": batch.digest()}
         row["tokens_per_second"] = (state.tokens - run.logged_tokens) / (logger.seconds - run.logged_seconds)
         row["expert_load"] = [[round(share, 4) for share in layer] for layer in expert_load(expert_counts).tolist()]

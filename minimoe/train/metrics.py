@@ -111,6 +111,9 @@ class MetricsLogger:
         load = [share for layer in row["expert_load"] for share in layer]
         balance = f"  experts {min(load):.2f}-{max(load):.2f}" if load else ""
         status = f"loss {row['loss']:.3f}  {_short(row['tokens_per_second'])} tok/s{balance}"
+        for name in ("reward_accuracy", "reward"):  # of the stages that have them, what is looked at first
+            if name in row:
+                status = f"{name.replace('_', ' ')} {row[name]:.3f}  {status}"
         self._write(row)
         if self.enabled:
             self._progress.update(self._task, completed=row["step"], status=status)

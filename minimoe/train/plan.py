@@ -36,20 +36,21 @@ def print_plan(run: Run) -> None:
     total, active = (num_parameters(vars(architecture), active=choice) for choice in (False, True))
     tokens_per_step = train.batch_size * config.data.sequence_length
     tokens = total_steps * tokens_per_step
-    seconds = _estimate_step_seconds(run) * (total_steps - done)
+    timed = config.stage != "grpo"  # whose steps take as long as the model's answers are
+    seconds = _estimate_step_seconds(run) * (total_steps - done) if timed else 0.0
     share = architecture.num_experts_per_tok / architecture.num_experts
+    unit = f"rows of {config.data.sequence_length} tokens" if timed else "answers"
     table = Table(show_header=False, box=None, padding=(0, 2))
     rows = {
         "parameters": f"{total:,} total, {active:,} active per token",
         "experts": f"{architecture.num_experts} x {architecture.moe_intermediate_size} wide, "
         f"{architecture.num_experts_per_tok} per token, {architecture.n_shared_experts} shared, "
         f"{architecture.num_moe_layers} of {architecture.num_hidden_layers} layers",
-        "data": f"{data.train.rows_per_epoch:,} rows of {config.data.sequence_length} tokens an epoch"
+        "data": f"{data.train.rows_per_epoch:,} {unit} an epoch"
         + (f", {data.validation.num_documents:,} documents held out" if data.validation else ", nothing held out"),
         "rows left out": ", ".join(f"{data.counts[key]:,} {key}" for key in _LEFT_OUT if data.counts.get(key))
         or "none",
-        "steps": f"{total_steps:,} of {train.batch_size} rows = {tokens_per_step:,} tokens"
-        + (f", {done:,} already done" if done else ""),
+        "steps": f"{total_steps:,} of {train.batch_size} {unit}" + (f", {done:,} already done" if done else ""),
         "tokens": f"{tokens:,} ({tokens / total:.1f} per parameter, "
         f"{total_steps * train.batch_size / data.train.rows_per_epoch:.2f} epochs)",
         "tokens per expert": f"{tokens * share:,.0f} in each layer, if balanced",
@@ -58,7 +59,7 @@ def print_plan(run: Run) -> None:
         "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} threads each",
         "operators": ops.describe(accelerator.device),
-        "estimated time": _duration(seconds) + ", from one timed micro-batch",
+        "estimated time": _duration(seconds) + ", from one timed micro-batch" if timed else "see the progress bar",
         "output": config.output_dir,
     }
     if has_adapter(run.model):

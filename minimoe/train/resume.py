@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.optim import Optimizer
 
 from minimoe.adapters import check_same_base, has_adapter
@@ -22,7 +24,12 @@ _FREE_ARCHITECTURE = ("dispatch", "dropout", "coef", "rate", "loss_type", "use_c
 
 
 def resume(
-    checkpoints: Path, model: Any, optimizers: list[Optimizer], accelerator: Accelerator, fresh: TrainerState
+    checkpoints: Path,
+    model: Any,
+    optimizers: list[Optimizer],
+    accelerator: Accelerator,
+    fresh: TrainerState,
+    load_data: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
 ) -> TrainerState:
     """State of the newest verified checkpoint, loaded into the model; the fresh state when there is none.
 
@@ -58,7 +65,7 @@ def resume(
             fix="restore the data and the data section of the config, or start a new run with another output_dir",
         )
     accelerator.print(f"resuming from {found}" + (f", with {_listed(changes)}" if changes else ""))
-    state = checkpoint.restore(found, model, optimizers, accelerator.process_index)
+    state = checkpoint.restore(found, model, optimizers, accelerator.process_index, load_data)
     state.config = fresh.config
     return state
 

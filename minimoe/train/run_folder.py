@@ -29,7 +29,7 @@ from minimoe.train.metrics import METRICS_FILE
 CONFIG_FILE, STATUS_FILE = "config.yaml", "status.json"
 CHECKPOINTS = "checkpoints"
 _USED_BY = (CHECKPOINTS, FINAL, METRICS_FILE)  # what tells a run's folder
-_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb")  # the status is the new run's by then
+_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb", "rollouts.jsonl")  # the status is the new run's by then
 _LOCK = ".lock"
 
 
