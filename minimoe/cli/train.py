@@ -42,6 +42,14 @@ def sft(config: Config, overrides: Overrides = None, resume: Resume = False, ove
     _train("sft", config, overrides, resume, overwrite)
 
 
+@app.command(
+    context_settings=OVERRIDES, epilog="Example: minimoe distil configs/quickstart/distil.yaml distil.temperature=2"
+)
+def distil(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
+    """Train a student on a teacher's probabilities beside the text."""
+    _train("distil", config, overrides, resume, overwrite)
+
+
 @app.command(context_settings=OVERRIDES, epilog="Example: minimoe dpo configs/quickstart/dpo.yaml dpo.loss=ipo")
 def dpo(config: Config, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False) -> None:
     """Learn from preferences: which of two answers is better (DPO, IPO, SimPO, ORPO), or which are wanted (KTO)."""

@@ -42,15 +42,26 @@ def build_model(config: PretrainRun, tokenizer: Any) -> MiniMoeForCausalLM:
     Raises:
         UserError: vocabulary too small for the tokenizer.
     """
+    return new_model(config.model or {}, tokenizer, config.data.sequence_length, config.tokenizer_source)
+
+
+def new_model(
+    values: dict[str, Any], tokenizer: Any, sequence_length: int, tokenizer_source: str
+) -> MiniMoeForCausalLM:
+    """A freshly initialised model of an architecture, with what follows from tokenizer and data where it is not given.
+
+    Raises:
+        UserError: vocabulary too small for the tokenizer.
+    """
     architecture = {
         # A multiple of 64 keeps the output projection on the fast path of every matrix library.
         "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "max_position_embeddings": config.data.sequence_length,
+        "max_position_embeddings": sequence_length,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-    } | (config.model or {})
-    check_vocab_size(architecture["vocab_size"], tokenizer, config.tokenizer_source)
+    } | values
+    check_vocab_size(architecture["vocab_size"], tokenizer, tokenizer_source)
     model = MiniMoeForCausalLM(MiniMoeConfig(**architecture))
     # Either ends a text: the end of a document, or the end of a chat turn.
     ends = {boundary_id(tokenizer), tokenizer.eos_token_id} - {None}
