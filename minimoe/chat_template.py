@@ -29,7 +29,9 @@ MAX_MEMORY = 1 << 30  # bytes beyond what the process has when it starts; enforc
 MAX_CHARACTERS, MAX_GROWTH = 1 << 20, 8
 
 # ChatML with tools, thinking and their results as Qwen3 has them, to the letter, so that its models and programs that
-# read its format fit. The generation marks tell which characters an assistant produces: they are what SFT learns.
+# read its format fit. After /no_think in a message, an answer is learned with an empty think part;
+# enable_thinking=false puts one before what the model says. The generation marks tell which characters an assistant
+# produces: they are what SFT learns.
 CHAT_TEMPLATE = r"""
 {%- set system = messages[0].content if messages and messages[0].role == "system" else "" %}
 {%- if tools %}
@@ -43,12 +45,18 @@ CHAT_TEMPLATE = r"""
     {{- "within <tool_call></tool_call> XML tags:\n<tool_call>\n" }}
     {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n' }}
 {%- endif %}
+{%- set asked = namespace(quiet=false) %}
 {%- for message in messages %}
+    {%- if message.role == "user" %}
+        {%- set asked.quiet = "/no_think" in message.content %}
+    {%- endif %}
     {%- if message.role == "assistant" %}
         {{- "<|im_start|>assistant\n" }}
         {%- generation %}
         {%- if message.reasoning_content %}
             {{- "<think>\n" + message.reasoning_content + "\n</think>\n\n" }}
+        {%- elif asked.quiet %}
+            {{- "<think>\n\n</think>\n\n" }}
         {%- endif %}
         {{- message.content or "" }}
         {%- for call in message.tool_calls or [] %}
@@ -68,6 +76,9 @@ CHAT_TEMPLATE = r"""
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- "<|im_start|>assistant\n" }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- "<think>\n\n</think>\n\n" }}
+    {%- endif %}
 {%- endif %}
 """.strip()
 

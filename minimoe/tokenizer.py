@@ -130,13 +130,35 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
     return _encode_rendered(tokenizer, messages, add_generation_prompt=False)[0]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Ids of a conversation up to the point where the assistant speaks next."""
-    return _encode_rendered(tokenizer, messages, add_generation_prompt=True)[0]
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], enable_thinking: bool | None = None
+) -> list[int]:
+    """Ids of a conversation up to the point where the assistant speaks next.
+
+    Args:
+        enable_thinking: what the chat template is told of it; None tells it nothing.
+
+    Raises:
+        UserError: the template asks for no such thing, or cannot render the conversation.
+    """
+    more: dict[str, Any] = {}
+    if enable_thinking is not None:
+        if "enable_thinking" not in _chat_template(tokenizer):
+            raise UserError(
+                "the tokenizer's chat template knows no enable_thinking",
+                where="generation.enable_thinking",
+                fix="leave it out, or give the tokenizer chat_template: chatml",
+            )
+        more = {"enable_thinking": enable_thinking}
+    return _encode_rendered(tokenizer, messages, add_generation_prompt=True, more=more)[0]
 
 
 def _encode_rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool, learn: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    learn: bool = False,
+    more: dict[str, Any] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Render the template, cut it into pieces, encode each piece.
 
@@ -157,7 +179,7 @@ def _encode_rendered(
         {key: value if key == "role" else _defuse(value, control, cut) for key, value in message.items()}
         for message in messages
     ]
-    variables = tokenizer.special_tokens_map | ({"tools": _defuse(tools, control, cut)} if tools else {})
+    variables = tokenizer.special_tokens_map | ({"tools": _defuse(tools, control, cut)} if tools else {}) | (more or {})
     text, spans = render(template, safe, add_generation_prompt=add_generation_prompt, **variables)
     if learn and not re.search(r"{%-?\s*generation\s*-?%}", template):
         spans = _spans_by_prefixes(tokenizer, template, safe, variables, text)

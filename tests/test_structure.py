@@ -27,6 +27,7 @@ BELOW = {
     "bpe": {"tokenizer", "chat_template"},
     "tokenizer": {"errors", "chat_template", "conversation", "folder", "hub"},
     "data": {"tokenizer", "conversation", "hub", "user_cache", "config", "errors", "model", "failpoints"},
+    "outside": {"errors"},
     "adapters": {"config", "errors", "extras", "folder"},
     "loading": {"adapters", "tokenizer", "errors", "model", "folder", "device"},
     "evaluate": {
@@ -41,7 +42,7 @@ BELOW = {
         "failpoints",
         "extras",
     },
-    "generation": {"adapters", "loading", "conversation", "tokenizer", "config", "errors", "model", "ops"},
+    "generation": {"adapters", "outside", "loading", "conversation", "tokenizer", "config", "errors", "model", "ops"},
     "train": {
         "adapters",
         "generation",
@@ -56,7 +57,7 @@ BELOW = {
         "ops",
         "device",
     }
-    | {"tokenizer", "device", "user_cache"},
+    | {"tokenizer", "device", "user_cache", "outside"},
     "extras": {"errors"},
     "convert": {
         "adapters",

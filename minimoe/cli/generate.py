@@ -26,6 +26,15 @@ Adapters = Annotated[
     typer.Option("--adapter", metavar="DIR", help="an adapter of the model; give several to compare them"),
 ]
 
+Tools = Annotated[
+    str | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE",
+        help="what the model may call: a .py file of functions, a .yaml or .json list of commands, or calculator",
+    ),
+]
+
 
 @app.command(
     context_settings=UNDERSCORES,
@@ -42,16 +51,18 @@ def generate(
     config: SettingsFile = None,
     chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the chat template")] = False,
     adapter: Adapters = None,
+    tools: Tools = None,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     device: Device = "auto",
 ) -> None:
     """Generate text; streams to a terminal."""
-    loaded = _generation_settings(config, [*(settings or []), *(["chat=true"] if chat else [])])
+    loaded = _generation_settings(config, [*(settings or []), *(["chat=true"] if chat or tools else [])])
     with large_imports():
         from minimoe.generation.generate import read_prompts, run
 
     prompts = read_prompts(prompt, file, sys.stdin)
-    run(model_dir, prompts, loaded, adapter_dirs=adapter or (), json_output=json_output, device=device)
+    adapters = tuple(adapter or ())
+    run(model_dir, prompts, loaded, adapter_dirs=adapters, tools=tools, json_output=json_output, device=device)
 
 
 @app.command(
@@ -66,6 +77,7 @@ def chat_command(
     system: Annotated[str | None, typer.Option(help="system message")] = None,
     config: SettingsFile = None,
     adapter: Adapters = None,
+    tools: Tools = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal."""
@@ -73,7 +85,7 @@ def chat_command(
     with large_imports():
         from minimoe.generation.chat import run
 
-    run(model_dir, loaded, adapter_dirs=adapter or (), device=device, system=system)
+    run(model_dir, loaded, adapter_dirs=adapter or (), tools=tools, device=device, system=system)
 
 
 @app.command(

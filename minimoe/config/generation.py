@@ -23,6 +23,9 @@ class GenerationSection(Section):
     stop: tuple[str, ...] = Field((), description="texts that end the generation")
     seed: Seed = Field(0, description="seed of the sampling")
     chat: bool = Field(False, description="wrap the prompt in the chat template")
+    enable_thinking: bool | None = Field(
+        None, description="in a chat: false puts an empty think part before the answer; null leaves it to the model"
+    )
     batch_size: int = Field(8, ge=1, description="prompts decoded together")
     compile: bool = Field(False, description="torch.compile the step, on a GPU; the weights are then bf16")
     weights: WeightsName = Field(

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from minimoe import adapters
 from minimoe.config import GenerationSection
-from minimoe.conversation import Message, split_answer
+from minimoe.conversation import Message
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine
 from minimoe.generation.generate import adapter_name, dim, int8_remark, open_engine, show, speed
+from minimoe.generation.tools import MAX_ROUNDS, Toolbox, answered, results, with_tools
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+HELP = "/reset forgets the conversation, /think and /no_think ask for thinking or none, /exit or Ctrl-D leaves, "
+HELP += "Ctrl-C stops an answer"
 
 
 def run(
@@ -26,11 +28,17 @@ def run(
     settings: GenerationSection,
     *,
     adapter_dirs: Sequence[str] = (),
+    tools: str | None = None,
     device: str = "auto",
     system: str | None = None,
 ) -> None:
     """Open the model and chat until `/exit` or the end of input."""
-    Chat(open_engine(model_dir, settings, device, adapter_dirs), settings, system, adapter_dirs).loop()
+    toolbox = None if tools is None else Toolbox(tools)
+    try:
+        Chat(open_engine(model_dir, settings, device, adapter_dirs), settings, system, adapter_dirs, toolbox).loop()
+    finally:
+        if toolbox is not None:
+            toolbox.end()
 
 
 class Chat:
@@ -42,13 +50,16 @@ class Chat:
         settings: GenerationSection,
         system: str | None = None,
         adapter_dirs: Sequence[str] = (),
+        toolbox: Toolbox | None = None,
     ) -> None:
-        self._engine, self._settings = engine, settings
+        self._engine, self._settings, self._toolbox = engine, settings, toolbox
         self._adapters = list(adapter_dirs) if len(adapter_dirs) > 1 else []
         if self._adapters:
             self.use_adapter("1")
         self._session = engine.session()
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        if toolbox is not None:
+            self._opening = with_tools(self._opening, toolbox)
         self.messages = list(self._opening)
         self._cost_told = settings.weights == "exact"
         # Settings that cannot be had, and a model without a chat template, are refused here, not after the first
@@ -79,6 +90,8 @@ class Chat:
             elif line == "/reset":
                 self.reset()
                 dim("conversation forgotten")
+            elif line in ("/think", "/no_think"):
+                self.think(line == "/think")
             elif word == "/adapter" and self._adapters:
                 self.use_adapter(rest.strip())
             elif line.startswith("/"):
@@ -99,14 +112,41 @@ class Chat:
         for place, folder in zip(numbers, self._adapters, strict=True):
             dim(f"{'*' if place == number else ' '} {place} {folder}")
 
+    def think(self, wanted: bool) -> None:
+        """Ask for thinking, or for none, from now on."""
+        try:
+            self._engine.encode([*self._opening, {"role": "user", "content": "?"}], enable_thinking=wanted)
+        except UserError as error:
+            dim(str(error))
+            return
+        self._settings = self._settings.model_copy(update={"enable_thinking": wanted})
+        dim("thinking" if wanted else "no thinking")
+
     def reset(self) -> None:
         """Start over."""
         self.messages = list(self._opening)
         self._session.reset()
 
     def answer(self, text: str) -> None:
-        """Stream the answer to one message; the turn is kept, also where Ctrl-C cut it short."""
-        conversation = self._fit([*self.messages, {"role": "user", "content": text}])
+        """Stream the answer to one message, calling the tools it asks for; it is kept, also if Ctrl-C cut it."""
+        conversation = [*self.messages, {"role": "user", "content": text}]
+        for rounds in range(MAX_ROUNDS + 1):
+            conversation = self._fit(conversation)
+            answer = self._say(conversation)
+            if answer is None:
+                return
+            conversation = self.messages = [*conversation, answer]
+            if self._toolbox is None or not answer.get("tool_calls"):
+                return
+            if rounds == MAX_ROUNDS:
+                dim(f"{MAX_ROUNDS} rounds of calls: no more are made for this message")
+                return
+            for result in results(answer, self._toolbox):
+                dim(f"= {result['content']}")
+                conversation = [*conversation, result]
+
+    def _say(self, conversation: list[Message]) -> Message | None:
+        """Stream one turn of the assistant; None where it was stopped before anything was generated."""
         interrupted = ""
         pieces = self._session.stream(conversation, self._settings)
         try:
@@ -118,17 +158,17 @@ class Chat:
             pieces.close()
         print(flush=True)
         completion = self._session.completion
-        if completion is None or not completion.token_ids:  # stopped before anything was generated
-            return
+        if completion is None or not completion.token_ids:
+            return None
         dim(speed(completion) + interrupted)
-        answer = split_answer(completion.text)
-        if not completion.cut:  # the next prompt has what was generated, token for token
-            answer["token_ids"] = list(completion.token_ids)
-        self.messages = [*conversation, answer]
+        answer = answered(completion)
+        if interrupted:  # a call that is not finished is none
+            answer.pop("tool_calls", None)
         if not self._cost_told and not interrupted:  # once: it feeds the whole text again
             with suppress(KeyboardInterrupt):
                 dim(int8_remark(self._engine, self._engine.encode(conversation), completion))
             self._cost_told = True
+        return answer
 
     def _fit(self, conversation: list[Message]) -> list[Message]:
         """Drop the oldest turns until the prompt leaves room for an answer."""
@@ -142,7 +182,8 @@ class Chat:
                     break
             except UserError:  # longer than the whole context
                 pass
-            del conversation[start : start + 2]  # a message and its answer
+            users = [n for n in range(start + 1, len(conversation)) if conversation[n]["role"] == "user"]
+            del conversation[start : users[0] if users else start + 2]  # a message and all that answers it
             dropped += 1
         if dropped:
             turns = "turn" if dropped == 1 else f"{dropped} turns"

@@ -127,7 +127,7 @@ class Engine:
         exact = self.model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0].double().log_softmax(dim=-1)
         return float(F.kl_div(int8, exact, reduction="batchmean", log_target=True))
 
-    def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
+    def encode(self, prompt: Prompt, chat: bool = False, enable_thinking: bool | None = None) -> list[int]:
         """Token ids of a prompt.
 
         A text is a document's beginning, behind the document-start token, or with `chat` the user's first
@@ -138,13 +138,13 @@ class Engine:
         """
         if not isinstance(prompt, str):
             try:
-                ids = encode_prompt(self.tokenizer, conversation(prompt, generated=True))
+                ids = encode_prompt(self.tokenizer, conversation(prompt, generated=True), enable_thinking)
             except BadConversation as bad:
                 raise UserError(str(bad), where="the conversation", fix="see docs/formats.md for its forms") from None
         elif chat:
             if not prompt.strip():
                 raise UserError("the prompt is empty", fix="say something, or generate without chat")
-            ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompt}])
+            ids = encode_prompt(self.tokenizer, [{"role": "user", "content": prompt}], enable_thinking)
         else:
             ids = [] if self._boundary is None else [self._boundary]
             ids += encode_text(self.tokenizer, prompt)
@@ -159,7 +159,8 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSection) -> list[Completion]:
         """Complete all prompts, `settings.batch_size` at a time; results are in the order of the prompts."""
-        return self.complete([self.encode(prompt, settings.chat) for prompt in prompts], settings)
+        thinking = settings.enable_thinking
+        return self.complete([self.encode(prompt, settings.chat, thinking) for prompt in prompts], settings)
 
     def complete(
         self,
@@ -274,7 +275,7 @@ class Session:
         to the common beginning.
         """
         engine = self._engine
-        ids = engine.encode(prompt, settings.chat)
+        ids = engine.encode(prompt, settings.chat, settings.enable_thinking)
         if self._cache is None:
             self._cache = PreallocatedCache(engine.model.config, min(2 * len(ids) + 256, engine.context_length))
         cached = [] if self._row is None else [*self._row.prompt, *self._row.new_ids]

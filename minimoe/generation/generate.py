@@ -22,6 +22,7 @@ from minimoe.conversation import BadConversation, conversation, either, split_an
 from minimoe.errors import UserError
 from minimoe.generation.engine import Completion, Engine, Prompt
 from minimoe.generation.packed import why_not_packed
+from minimoe.generation.tools import Toolbox, answer_with_tools
 from minimoe.loading import load_model, model_folder
 from minimoe.tokenizer import load_tokenizer
 
@@ -35,17 +36,25 @@ def run(
     settings: GenerationSection,
     *,
     adapter_dirs: Sequence[str] = (),
+    tools: str | None = None,
     json_output: bool = False,
     device: str = "auto",
 ) -> None:
     """Open the model and print a completion of every prompt, with several adapters one after the other."""
+    toolbox = None if tools is None else Toolbox(tools)
     engine = open_engine(model_dir, settings, device, adapter_dirs)
     for number, adapter in enumerate(adapter_dirs if len(adapter_dirs) > 1 else [None]):
         if adapter is not None:
             adapters.choose(engine.model, adapter_name(number))
         if adapter is not None and not json_output:
             print(f"=== {adapter} ===")
-        _print(engine, prompts, settings, json_output, {} if adapter is None else {"adapter": adapter})
+        more = {} if adapter is None else {"adapter": adapter}
+        if toolbox is not None:
+            _print_with_tools(engine, prompts, settings, toolbox, json_output, more)
+        else:
+            _print(engine, prompts, settings, json_output, more)
+    if toolbox is not None:
+        toolbox.end()
 
 
 def _print(
@@ -158,6 +167,34 @@ def _print_json(
         }
         print(json.dumps(row, ensure_ascii=False), flush=True)
     return completions[0]
+
+
+def _print_with_tools(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    settings: GenerationSection,
+    toolbox: Toolbox,
+    json_output: bool,
+    more: dict[str, str],
+) -> None:
+    """The last answer to each prompt; on the way, calls and results go to standard error, or into the JSON."""
+    asked = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    for prompt, (messages, completion) in zip(asked, answer_with_tools(engine, asked, settings, toolbox), strict=True):
+        # What follows the question: with tools, a system message may have come before it.
+        last = max(number for number, message in enumerate(messages) if message["role"] == "user")
+        new = [{k: v for k, v in message.items() if k != "token_ids"} for message in messages[last + 1 :]]
+        if json_output:
+            row = {**more, "prompt": prompt, **_parts(completion.text), "messages": new}
+            print(json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False), flush=True)
+            continue
+        for message in new:
+            for call in message.get("tool_calls", ()):
+                dim(f"{call['function']['name']}({json.dumps(call['function']['arguments'], ensure_ascii=False)})")
+            if message["role"] == "tool":
+                dim(f"= {message['content']}")
+        if len(prompts) > 1:
+            print(f"> {prompt[-1]['content']}")
+        print(completion.text, flush=True)
 
 
 def _parts(text: str) -> dict[str, Any]:
