@@ -110,6 +110,11 @@ def evaluate(
         str | None,
         typer.Option(help="benchmark tasks: YAML files, folders of them, names of lm-eval's; with commas between"),
     ] = None,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="hide a word in --data, or in plain sentences, and ask for it")
+    ] = False,
+    lengths: Annotated[str, typer.Option(help="with --needle: tokens, e.g. 512,2048; default: up to the model's")] = "",
+    trials: Annotated[int, typer.Option(min=1, help="with --needle: at each length and depth")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="rows of each task")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="solved examples before each row of a task")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put a task's questions into the chat template")] = False,
@@ -120,7 +125,17 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="print a JSON object")] = False,
     device: Device = "auto",
 ) -> None:
-    """Loss, perplexity and bits per byte of a model on any data, or its score in benchmark tasks."""
+    """Loss, perplexity and bits per byte of a model on any data, its score in benchmark tasks, or needles it finds."""
+    if needle:
+        unused = {"--tasks": tasks, "--answers-only": answers_only, "KEY=VALUE": overrides, "--limit": limit}
+        _refuse(unused, "is not for --needle")
+        with large_imports():
+            from minimoe.evaluate import needle as needles
+
+        options = {"trials": trials, "json_output": json_output, "device": device}
+        needles.run(model_dir, data, lengths=_whole_numbers(lengths), **options)  # type: ignore[arg-type]
+        return
+    _refuse({"--lengths": lengths}, "is for --needle")
     if tasks is not None:
         _evaluate_tasks(
             model_dir,
@@ -160,6 +175,13 @@ def _evaluate_tasks(model_dir: str, tasks: str, data: str | None, unused: dict[s
         from minimoe.evaluate.tasks import run
 
     run(model_dir, tasks, data, **options)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"--lengths {text}: no list of numbers", fix="give such as 512,1024,2048") from None
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

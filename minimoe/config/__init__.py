@@ -16,6 +16,7 @@ from minimoe.config.data import SourceConfig as SourceConfig
 from minimoe.config.generation import GenerationSection as GenerationSection
 from minimoe.config.generation import WeightsName as WeightsName
 from minimoe.config.section import OutputDir, Section, Seed
+from minimoe.config.stages import ContextConfig as ContextConfig
 from minimoe.config.stages import DistilConfig as DistilConfig
 from minimoe.config.stages import DpoConfig as DpoConfig
 from minimoe.config.stages import GrpoConfig as GrpoConfig
@@ -87,6 +88,7 @@ class PretrainRun(TrainingRun):
     tokenizer: str | None = Field(None, description="tokenizer folder or hub name")
     model: dict[str, Any] | None = Field(None, description="architecture of a new model, the keys of MiniMoeConfig")
     init_from: str | None = Field(None, description="model folder to continue from, instead of tokenizer and model")
+    context: ContextConfig | None = Field(None, description="with init_from: a longer context; null: the model's")
 
     @property
     def tokenizer_source(self) -> str:
@@ -109,6 +111,8 @@ class PretrainRun(TrainingRun):
             raise ValueError(
                 "init_from: architecture and tokenizer come from that model; leave out tokenizer and model"
             )
+        if self.context is not None and self.init_from is None:
+            raise ValueError("context: lengthens a trained model; a new one has model.max_position_embeddings")
         return self
 
     @field_validator("model")

@@ -32,6 +32,20 @@ class SourceConfig(Section):
         return self
 
 
+class PhaseConfig(Section):
+    """Another mixture of the sources, from a step on."""
+
+    from_step: int = Field(ge=1, description="the first step of the phase, steps done before it")
+    weights: tuple[float, ...] = Field(description="of the sources, in their order; 0 leaves one out")
+
+    @field_validator("weights")
+    @classmethod
+    def _something(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if min(value, default=0) < 0 or sum(value) <= 0:
+            raise ValueError("weights are 0 or more, and at least one is more")
+        return value
+
+
 class DataConfig(Section):
     """Documents, how they are split and packed."""
 
@@ -42,6 +56,9 @@ class DataConfig(Section):
     validation_fraction: float = Field(0.02, ge=0, lt=1, description="share of documents held out, 0 = none")
     max_validation_documents: int | None = Field(
         2000, ge=1, description="held-out documents scored at each validation; the rest stay unused"
+    )
+    phases: tuple[PhaseConfig, ...] = Field(
+        (), description="other weights of the sources from later steps on; the sources' own are the first phase's"
     )
     sequence_length: int = Field(512, ge=8, le=1 << 20, description="tokens per training row")
     max_documents: int | None = Field(None, ge=1, description="read at most this many documents per source")
@@ -68,4 +85,11 @@ class DataConfig(Section):
         given = [source.weight is not None for source in self.train]
         if any(given) and not all(given):
             raise ValueError("train: give a weight to every source or to none")
+        steps = [phase.from_step for phase in self.phases]
+        if self.phases and not all(given):
+            raise ValueError("phases: give every source of train a weight, for the steps before the first phase")
+        if any(len(phase.weights) != len(self.train) for phase in self.phases):
+            raise ValueError(f"phases: each has a weight for each of the {len(self.train)} sources of train")
+        if steps != sorted(set(steps)):
+            raise ValueError(f"phases: from_step must rise, got {', '.join(map(str, steps))}")
         return self

@@ -34,6 +34,16 @@ class LoraConfig(Section):
         return self
 
 
+class ContextConfig(Section):
+    """A longer context for a trained model, by scaled rotary positions."""
+
+    length: int = Field(ge=16, le=1 << 20, description="positions of the model from now on")
+    rope_type: Literal["yarn", "linear", "dynamic", "default"] = Field(
+        "yarn", description="yarn (arXiv 2309.00071), linear (2306.15595), dynamic (NTK), or default: theta alone"
+    )
+    rope_theta: float | None = Field(None, gt=1, description="base of the rotary angles; null: the model's")
+
+
 class DistilConfig(Section):
     """A teacher (arXiv 1503.02531)."""
 

@@ -73,6 +73,9 @@ class ScheduleConfig(Section):
     warmup_steps: int = Field(
         0, ge=0, description="steps of linear warm-up from 0; a run that is shorter warms up for half of its steps"
     )
+    warmup_start_ratio: float = Field(
+        0.0, ge=0, le=1, description="learning rate that warm-up starts from, as a share of the peak: re-warming"
+    )
     decay_fraction: float = Field(0.4, gt=0, le=1, description="wsd: final share of the steps that decays linearly")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="final learning rate as a share of the peak")
 

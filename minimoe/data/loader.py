@@ -7,7 +7,8 @@ global order.
 Weighted sources are mixed row by row: in each block of 1024 rows every source has its share (largest
 remainder, at least one row) at places permuted by (seed, block), and walks through its own epochs. Example:
 weights 3 and 1 give 768 and 256 rows of every block. An epoch of a mixture is as many rows as all sources
-have together.
+have together. Where the weights change at a step, blocks begin anew with its first row, and every source goes on
+where it was.
 
 Held-out documents are chosen by a hash of (seed, source, document index): appending documents to a source
 moves none that was there between training and validation.
@@ -67,39 +68,85 @@ class TrainLoader(Batches):
     Args:
         packings: one pool of rows, or one for each weighted source.
         weights: their shares; None for a single pool.
+        phases: (step, shares) from later steps on, in their order.
     """
 
-    def __init__(self, packings: Sequence[Packing], weights: Sequence[float] | None, seed: int) -> None:
+    def __init__(
+        self,
+        packings: Sequence[Packing],
+        weights: Sequence[float] | None,
+        seed: int,
+        phases: Sequence[tuple[int, Sequence[float]]] = (),
+    ) -> None:
         self.packings, self.seed = packings, seed
         self.rows_per_epoch = sum(packing.num_rows for packing in packings)
-        self._quotas = None if weights is None or len(packings) == 1 else apportion(weights, BLOCK_ROWS)
-        self._cached_block = -1
+        mixed = weights is not None and len(packings) > 1
+        shares = [(0, weights), *phases] if mixed else []
+        self._mixtures = [(step, Mixture(share or (), seed, n)) for n, (step, share) in enumerate(shares)]
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The rank's part of batch `step`: ceil((batch_size - rank) / world_size) rows."""
         first = step * batch_size
-        return self.packings[0].stack([self.row(first + i) for i in range(rank, batch_size, world_size)])
+        return self.packings[0].stack([self.row(first + i, batch_size) for i in range(rank, batch_size, world_size)])
 
-    def row(self, number: int) -> PackedRow:
-        """Row `number` of the endless global order."""
-        source, number = self.locate(number)
+    def row(self, number: int, batch_size: int = 1) -> PackedRow:
+        """Row `number` of the endless global order, in batches of so many."""
+        source, number = self.locate(number, batch_size)
         epoch, index = divmod(number, self.packings[source].num_rows)
         return self.packings[source].row(epoch, index)
 
-    def locate(self, number: int) -> tuple[int, int]:
+    def locate(self, number: int, batch_size: int = 1) -> tuple[int, int]:
         """The packing of a global row, and its row number within that packing's endless order."""
-        if self._quotas is None:
+        if not self._mixtures:
             return 0, number
+        before = np.zeros(len(self.packings), np.int64)  # rows of each source in earlier phases
+        for (step, mixture), later in zip(self._mixtures, [*self._mixtures[1:], None], strict=True):
+            length = None if later is None else (later[0] - step) * batch_size
+            if length is None or number < length:
+                source, index = mixture.locate(number)
+                return source, int(before[source]) + index
+            before += mixture.count(length)
+            number -= length
+        raise AssertionError("the last phase has no end")
+
+
+class Mixture:
+    """Which source a row is from: blocks of `BLOCK_ROWS` rows, in which every source has its share.
+
+    Args:
+        weights: of the sources; 0 leaves one out.
+        phase: number of the mixture within the run.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int, phase: int) -> None:
+        present = np.flatnonzero(np.asarray(weights) > 0)
+        self.quotas = np.zeros(len(weights), np.int64)  # rows of a block
+        self.quotas[present] = apportion([weights[index] for index in present.tolist()], BLOCK_ROWS)
+        self._seed = [seed] if phase == 0 else [seed, phase]
+        self._cached_block = -1
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """The source of a row of the mixture, and how many rows of it came before."""
         block, place = divmod(number, BLOCK_ROWS)
-        if block != self._cached_block:
-            owners = np.repeat(np.arange(len(self._quotas)), self._quotas)
-            self._owners = np.random.default_rng([self.seed, block]).permutation(owners)
-            # ranks[p]: how many earlier places of the block have the same owner
-            ones = self._owners[:, None] == np.arange(len(self._quotas))
-            self._ranks = np.cumsum(ones, axis=0)[np.arange(BLOCK_ROWS), self._owners] - 1
-            self._cached_block = block
+        self._lay_out(block)
         source = int(self._owners[place])
-        return source, block * int(self._quotas[source]) + int(self._ranks[place])
+        return source, block * int(self.quotas[source]) + int(self._ranks[place])
+
+    def count(self, number: int) -> np.ndarray:
+        """How many of the first `number` rows each source has."""
+        block, place = divmod(number, BLOCK_ROWS)
+        self._lay_out(block)
+        return block * self.quotas + np.bincount(self._owners[:place], minlength=len(self.quotas))
+
+    def _lay_out(self, block: int) -> None:
+        if block == self._cached_block:
+            return
+        owners = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        self._owners = np.random.default_rng([*self._seed, block]).permutation(owners)
+        # ranks[p]: how many earlier places of the block have the same owner
+        ones = self._owners[:, None] == np.arange(len(self.quotas))
+        self._ranks = np.cumsum(ones, axis=0)[np.arange(BLOCK_ROWS), self._owners] - 1
+        self._cached_block = block
 
 
 class Validation:
@@ -171,7 +218,7 @@ def open_data(
     counts["train_documents"] = sum(map(len, pools))
     counts["validation_documents"] = validation.num_documents if validation else 0
     return Data(
-        train=TrainLoader(packings, weights or None, seed),
+        train=TrainLoader(packings, weights or None, seed, [(phase.from_step, phase.weights) for phase in data.phases]),
         validation=validation,
         counts=counts,
         ignored=_ignored(corpora),
@@ -274,7 +321,7 @@ def _pack(
 def _fingerprint(corpora: Sequence[Corpus], validation: Sequence[str], data: DataConfig, encoding: Encoding) -> str:
     parts = [
         [corpus.fingerprint for corpus in corpora],
-        [source.weight for source in data.train],
+        [source.weight for source in data.train] + [(phase.from_step, phase.weights) for phase in data.phases],
         list(validation),
         None if validation else data.validation_fraction,
         data.sequence_length,

@@ -35,7 +35,7 @@ def lr_at_step(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
     """
     warmup, floor = schedule.warmup(total_steps), schedule.min_lr_ratio
     if step < warmup:
-        return (step + 1) / warmup
+        return schedule.warmup_start_ratio + (1 - schedule.warmup_start_ratio) * (step + 1) / warmup
     if schedule.name == "cosine":
         progress = (step - warmup) / max(total_steps - warmup, 1)
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from minimoe.config import PretrainRun
+from minimoe.config import ContextConfig, PretrainRun
 from minimoe.data.loader import open_data
+from minimoe.errors import UserError
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.tokenizer import boundary_id, load_tokenizer, set_chat_template
@@ -27,6 +28,8 @@ def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -
     model: Any
     if config.init_from is not None:
         model, tokenizer = start_from(config.init_from, config, None)
+        if config.context is not None:
+            model = lengthened(model, config.context)
     else:
         tokenizer = load_tokenizer(config.tokenizer_source)
         set_chat_template(tokenizer, config.chat_template)
@@ -34,6 +37,33 @@ def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -
         model = build_model(config, tokenizer)
     data = partial(open_data, config.data, tokenizer, config.encoding, config.seed)
     return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
+
+
+def lengthened(model: MiniMoeForCausalLM, context: ContextConfig) -> MiniMoeForCausalLM:
+    """The model with more positions: the same weights, and rotary angles scaled to the new length.
+
+    Raises:
+        UserError: it has as many already, or its angles are scaled already.
+    """
+    old = model.config.max_position_embeddings
+    rope = dict(model.config.rope_parameters or {})
+    if context.length <= old:
+        raise UserError(f"context.length {context.length} is not more than the model's {old}", fix="raise it")
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(
+            f"the model's rotary angles are scaled already ({rope['rope_type']}, {old} positions)",
+            fix="start from the model before that",
+        )
+    values = model.config.to_dict()
+    rope["rope_theta"] = context.rope_theta or rope.get("rope_theta", 10_000.0)
+    if context.rope_type != "default":
+        rope |= {"rope_type": context.rope_type, "factor": context.length / old}
+        rope["original_max_position_embeddings"] = old
+    values |= {"max_position_embeddings": context.length, "rope_parameters": rope}
+    longer = MiniMoeForCausalLM(MiniMoeConfig(**values))
+    longer.load_state_dict(model.state_dict())
+    longer.generation_config = model.generation_config
+    return longer
 
 
 def build_model(config: PretrainRun, tokenizer: Any) -> MiniMoeForCausalLM:
