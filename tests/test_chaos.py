@@ -65,6 +65,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_curve_and_weights(sta
     assert max(seen.redone) <= 2 * SAVE_EVERY
 
 
+@pytest.mark.parametrize("stage", ["lora", "distil", "dpo", "grpo"])
+def test_a_later_stage_killed_while_it_saves_ends_as_if_nothing_had_happened(stage, lab, reference):
+    run = lab.later(stage, f"killed-{stage}", reference.run, max_steps=8, save_every=2)
+    undisturbed = Reference.of(run.to(lab.folder / f"{stage}-whole"))
+    assert die_at(undisturbed, run, "save.state", 2)
+
+
 @pytest.mark.parametrize("place", save_failpoints())
 def test_killed_anywhere_in_a_save_it_resumes_from_the_checkpoint_before(place, lab, reference):
     assert die_at(reference, reference.run.to(lab.folder / f"kill-{place}"), place, 2)

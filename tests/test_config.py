@@ -209,7 +209,7 @@ def test_there_are_recipes():
 def test_every_shipped_config_loads_and_explains_every_key(path):
     from minimoe.config import GenerateRun
 
-    kinds = {"tokenizer": TokenizerRun, "generate": GenerateRun, "lora": SftRun, **TRAINING_RUNS}
+    kinds = {"tokenizer": TokenizerRun, "generate": GenerateRun, "lora": SftRun, "tools": SftRun, **TRAINING_RUNS}
     kind = next(kind for name, kind in kinds.items() if path.stem.startswith(name))
     config = load_config(kind, path)
     if getattr(config, "model", None):

@@ -32,6 +32,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))
         figures["kills"] = _long_kills(lab, options.kills, rng, figures["failures"])
+        figures["kills"] += _later_kills(lab, max(options.kills // 10, 1), rng, figures["failures"])
         figures["failpoints"] = _long_failpoints(lab, figures["failures"])
         figures["stops"] = _long_stops(lab, options.stops, rng, figures["failures"])
     options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -59,6 +60,25 @@ def _long_kills(lab: Lab, kills: int, rng: random.Random, failures: list[str]) -
                     | {"kills": seen.count, "in_start_up": seen.in_start_up, "while_saving": seen.while_saving}
                     | {"redone": seen.redone, "final_sha256": reference.result["sha256"]}
                 )
+    return figures
+
+
+def _later_kills(lab: Lab, kills: int, rng: random.Random, failures: list[str]) -> list[dict[str, Any]]:
+    """The stages after SFT, so many kills each."""
+    figures = []
+    start = lab.pretrain("start", max_steps=20)
+    start.finish()
+    train: dict[str, Any] = {"max_steps": steps_for(kills, LONG_SAVE_EVERY), "save_every": LONG_SAVE_EVERY}
+    for stage in ("lora", "distil", "dpo", "grpo"):
+        run = lab.later(stage, stage, start, **train)
+        reference = Reference.of(run.to(lab.folder / f"{stage}-whole"))
+        with _reported(f"{kills} random kills of {stage}", failures):
+            seen = interrupt(reference, run, kills, signal.SIGKILL, rng)
+            figures.append(
+                {"run": stage, "steps": train["max_steps"], "save_every": LONG_SAVE_EVERY}
+                | {"kills": seen.count, "in_start_up": seen.in_start_up, "while_saving": seen.while_saving}
+                | {"redone": seen.redone, "final_sha256": reference.result["sha256"]}
+            )
     return figures
 
 

@@ -90,8 +90,10 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """Everything that must not depend on how often it was interrupted."""
-        weights = (self.folder / "final" / "model.safetensors").read_bytes()
-        return {"sha256": hashlib.sha256(weights).hexdigest(), "rows": self.rows()}
+        (file,) = (self.folder / "final").glob("*model.safetensors")  # of a model, or of an adapter
+        rollouts = self.folder / "rollouts.jsonl"
+        content = file.read_bytes() + (rollouts.read_bytes() if rollouts.exists() else b"")
+        return {"sha256": hashlib.sha256(content).hexdigest(), "rows": self.rows()}
 
     def leftovers(self) -> list[str]:
         """Temporary files and folders that a run should have removed."""
@@ -108,6 +110,11 @@ class Run:
         return self.config.parent / f"{self.folder.name}.log"
 
 
+def letters(answer: str, row: Mapping[str, Any]) -> float:
+    """A reward: the share of letters that the right answer has too."""
+    return sum(letter in row["answer"] for letter in answer) / max(len(answer), 1)
+
+
 class Lab:
     """A folder with a tokenizer, data, and configs of runs that take a few seconds."""
 
@@ -118,6 +125,11 @@ class Lab:
         files: dict[str, list[Any]] = {
             "stories": [{"text": text} for text in STORIES],
             "chats": [{"messages": messages} for messages in CHATS],
+            "preferences": [
+                {"prompt": asked["content"], "chosen": answer["content"], "rejected": "I do not know."}
+                for asked, answer in CHATS
+            ],
+            "prompts": [{"prompt": asked["content"], "answer": answer["content"]} for asked, answer in CHATS],
         }
         for name, rows in files.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -125,7 +137,7 @@ class Lab:
 
     def pretrain(self, name: str, *, dense: bool = False, model: Mapping[str, Any] | None = None, **train: Any) -> Run:
         """A pretraining run, by default with a sigmoid router whose selection bias moves."""
-        model = MODEL | dict(model or {})
+        model = MODEL | {"max_position_embeddings": 64} | dict(model or {})
         model |= {"attention_dropout": 0.1, "scoring_func": "sigmoid", "router_bias_update_rate": 0.01}
         model |= {"first_k_dense_replace": MODEL["num_hidden_layers"]} if dense else {}
         values = {"tokenizer": str(self.folder / "tokenizer"), "model": model}
@@ -135,8 +147,26 @@ class Lab:
         """A fine-tuning run of the final model of another."""
         return self._run("sft", name, {"init_from": str(start.folder / "final")}, "chats", train)
 
+    def later(self, stage: str, name: str, start: Run, **train: Any) -> Run:
+        """A run of a stage after SFT: lora, distil, dpo or grpo, from the final model of another."""
+        base: dict[str, Any] = {"init_from": str(start.folder / "final")}
+        if stage == "lora":
+            return self._run("sft", name, base | {"lora": {}}, "chats", train)
+        if stage == "distil":
+            return self._run(
+                "distil", name, {"model": MODEL, "distil": {"teacher": base["init_from"]}}, "stories", train
+            )
+        if stage == "dpo":
+            return self._run("dpo", name, base | {"data": {"sequence_length": 64}}, "preferences", train)
+        assert stage == "grpo"
+        grpo = {"rewards": [{"function": "scripts.chaos.lab:letters"}], "group_size": 4, "max_new_tokens": 8}
+        grpo["updates_per_rollout"] = 3  # a rollout is in the middle at most saves
+        train = {"batch_size": 8} | train
+        return self._run("grpo", name, base | {"grpo": grpo}, "prompts", train)
+
     def _run(self, command: str, name: str, values: dict[str, Any], data: str, train: dict[str, Any]) -> Run:
         folder = self.folder / name
+        more = values.pop("data", {})
         values |= {
             "output_dir": str(folder),
             "data": {
@@ -145,7 +175,8 @@ class Lab:
                 "sequence_length": 32,
                 "num_processes": 1,
                 "cache_dir": str(self.folder / "cache"),
-            },
+            }
+            | more,
             "train": {"max_steps": 8, "batch_size": 4, "precision": "fp32", "device": "cpu"}
             | {"log_every": 1, "eval_every": 5, "save_every": 4}
             | train,

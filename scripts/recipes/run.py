@@ -1,0 +1,164 @@
+"""The recipes: each trains by the commands that a user has, and scores what came out."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scripts.quickstart.more_tasks import as_lines, make_more
+from scripts.quickstart.score import answer_all, check_answer, count_correct, read_rows
+
+QUICKSTART, DATA, OUT = Path("runs/quickstart"), Path("data/quickstart"), Path("runs/recipes")
+SFT, BASE = QUICKSTART / "sft" / "final", QUICKSTART / "pretrain" / "final"
+CONFIGS = Path("configs/quickstart")
+ANSWERS, PREFERENCE_PROMPTS = 8, 1500  # sampled for DPO
+
+Figures = dict[str, float]
+
+
+def minimoe(command: str, config: str, output: Path, seed: int, *overrides: str) -> float:
+    """Train; returns the seconds of training that its metrics count."""
+    words = [command, str(CONFIGS / config), f"output_dir={output}", f"seed={seed}", *overrides, "--overwrite"]
+    subprocess.run([sys.executable, "-m", "minimoe.cli", *words], check=True, stdout=subprocess.DEVNULL)
+    rows = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(json.loads(rows[-1])["seconds"])
+
+
+def share(model: Path, test: str) -> float:
+    """Percent of the held-out instructions that the model follows."""
+    answered = answer_all(str(model), read_rows(DATA / f"{test}.jsonl"), "cpu")
+    return 100 * float(count_correct(answered)["share"])
+
+
+def tools_share(model: Path, with_tools: bool) -> float:
+    """Percent of three-digit sums answered, with the calculator or without."""
+    from minimoe.config import GenerationSection
+    from minimoe.generation.engine import Engine
+    from minimoe.generation.tools import Toolbox, answer_with_tools
+
+    rows = read_rows(DATA / "tools_test.jsonl")
+    engine = Engine.from_pretrained(model, device="cpu")
+    settings = GenerationSection(chat=True, temperature=0, max_new_tokens=96, batch_size=32)
+    if with_tools:
+        toolbox = Toolbox("calculator")
+        asked: list[Any] = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+        texts = [last.text for _, last in answer_with_tools(engine, asked, settings, toolbox)]
+        toolbox.end()
+    else:
+        texts = [completion.text for completion in engine.generate([row["prompt"] for row in rows], settings)]
+    right = [text.rstrip(". \n").endswith(f" {row['result']}") for text, row in zip(texts, rows, strict=True)]
+    return 100 * sum(right) / len(right)
+
+
+def start(seed: int) -> Figures:
+    """The SFT model that the others begin with."""
+    return {
+        "SFT, all tasks": share(SFT, "more_test"),
+        "SFT, sums of 50 to 99": share(SFT, "large_sums_test"),
+        "SFT, sums of three digits": tools_share(SFT, with_tools=False),
+    }
+
+
+def grpo(seed: int) -> Figures:
+    """Rewards on all tasks, and on one that SFT hardly covers."""
+    seconds = minimoe("grpo", "grpo.yaml", OUT / "grpo", seed)
+    sums = ["data.train=data/quickstart/large_sums.jsonl", "grpo.max_new_tokens=48", "train.max_steps=150"]
+    more = minimoe("grpo", "grpo.yaml", OUT / "grpo_sums", seed, *sums)
+    return {
+        "GRPO, all tasks": share(OUT / "grpo" / "final", "more_test"),
+        "GRPO, seconds": seconds,
+        "GRPO on sums, sums of 50 to 99": share(OUT / "grpo_sums" / "final", "large_sums_test"),
+        "GRPO on sums, seconds": more,
+    }
+
+
+def sample_preferences(model: Path, seed: int) -> list[dict[str, Any]]:
+    """For each prompt that the model answers both ways, a right and a wrong answer of its own."""
+    from minimoe.config import GenerationSection
+    from minimoe.generation.engine import Engine
+
+    rows = read_rows(DATA / "prompts.jsonl")[:PREFERENCE_PROMPTS]
+    engine = Engine.from_pretrained(model, device="cpu")
+    settings = GenerationSection(chat=True, temperature=1.0, top_p=1.0, max_new_tokens=160, batch_size=64, seed=seed)
+    asked = [row["messages"] for row in rows for _ in range(ANSWERS)]
+    texts = [completion.text for completion in engine.generate(asked, settings)]
+    rng, pairs = random.Random(seed), []
+    for number, row in enumerate(rows):
+        answers = dict.fromkeys(texts[number * ANSWERS : (number + 1) * ANSWERS])
+        right = [text for text in answers if check_answer(row, text)]
+        wrong = [text for text in answers if text.strip() and not check_answer(row, text)]
+        rng.shuffle(right)
+        for chosen, rejected in zip(right, wrong, strict=False):
+            pairs.append({"prompt": row["messages"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def dpo(seed: int) -> Figures:
+    """Preferences between the model's own answers."""
+    started = time.monotonic()
+    pairs = sample_preferences(SFT, seed)
+    sampling = time.monotonic() - started
+    (DATA / "preferences.jsonl").write_text(as_lines(pairs), encoding="utf-8")
+    seconds = minimoe("dpo", "dpo.yaml", OUT / "dpo", seed)
+    return {
+        "DPO, all tasks": share(OUT / "dpo" / "final", "more_test"),
+        "DPO, pairs": len(pairs),
+        "DPO, seconds": seconds,
+        "DPO, seconds of sampling": sampling,
+    }
+
+
+def lora(seed: int) -> Figures:
+    """Calls of a calculator, learned by all weights and by adapters."""
+    full = minimoe("sft", "tools.yaml", OUT / "tools", seed)
+    adapters = minimoe("sft", "lora.yaml", OUT / "lora", seed)
+    return {
+        "tools, sums of three digits": tools_share(OUT / "tools" / "final", with_tools=True),
+        "tools, seconds": full,
+        "tools by LoRA, sums of three digits": tools_share(OUT / "lora" / "final", with_tools=True),
+        "tools by LoRA, seconds": adapters,
+    }
+
+
+def distil(seed: int) -> Figures:
+    """A model of half the size, fine-tuned alone and with the quickstart's model as its teacher."""
+    small = [f"model.{key}={value}" for key, value in SMALL.items()]
+    minimoe("pretrain", "pretrain.yaml", OUT / "small", seed, *small)
+    taught = ["model=null", f"init_from={OUT / 'small' / 'final'}", f"distil.teacher={SFT}", "distil.learn=answers"]
+    taught += ["data.train=data/quickstart/sft.jsonl", "data.validation=data/quickstart/sft_valid.jsonl"]
+    seconds = minimoe("distil", "distil.yaml", OUT / "distil", seed, *taught, f"train.max_steps={SMALL_STEPS}")
+    twin = [f"init_from={OUT / 'small' / 'final'}", f"train.max_steps={SMALL_STEPS}"]
+    alone = minimoe("sft", "sft.yaml", OUT / "twin", seed, *twin)
+    steps = round(SMALL_STEPS * seconds / alone)
+    longer = minimoe("sft", "sft.yaml", OUT / "twin_longer", seed, twin[0], f"train.max_steps={steps}")
+    return {
+        "half size with a teacher, all tasks": share(OUT / "distil" / "final", "more_test"),
+        "half size with a teacher, seconds": seconds,
+        "half size alone, equal steps, all tasks": share(OUT / "twin" / "final", "more_test"),
+        "half size alone, equal steps, seconds": alone,
+        "half size alone, equal seconds, all tasks": share(OUT / "twin_longer" / "final", "more_test"),
+        "half size alone, equal seconds, seconds": longer,
+    }
+
+
+SMALL = {"hidden_size": 128, "num_hidden_layers": 3, "moe_intermediate_size": 96}
+SMALL_STEPS = 1150
+RECIPES: dict[str, Callable[[int], Figures]] = {
+    "start": start,
+    "grpo": grpo,
+    "dpo": dpo,
+    "lora": lora,
+    "distil": distil,
+}
+
+
+def prepare() -> None:
+    """The files that the quickstart itself does not need."""
+    for name, rows in make_more(0).items():
+        (DATA / f"{name}.jsonl").write_text(as_lines(rows), encoding="utf-8")
