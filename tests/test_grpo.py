@@ -152,7 +152,7 @@ def test_the_engine_and_training_agree_in_probabilities_and_routing(router, temp
         for ids, c in zip(prompts, completions, strict=True)
     ]
     config = GrpoConfig(rewards=one("same"), max_new_tokens=12, temperature=temperature)
-    batch = pack_answers(made, config, 64, 0, 1)
+    batch = pack_answers(made, token_weights(made, config.loss, 12), 64, 0, 1)
     model.train()
     with torch.no_grad():
         inputs = batch.model_inputs()
@@ -188,7 +188,7 @@ def test_packing_answers_changes_nothing_of_the_loss(tiny_tokenizer):
     objective = grpo.rollout_objective(config)
     values = []
     for length in (32, 6):  # together in a row, or one a row
-        batch = pack_answers(made, config, length, 0, 1)
+        batch = pack_answers(made, token_weights(made, config.loss, 8), length, 0, 1)
         values.append(objective(model, batch, Step.of(batch)).loss)
     torch.testing.assert_close(*values)
     expected = torch.zeros(())
@@ -295,7 +295,7 @@ def test_a_resumed_run_leaves_the_same_bytes_also_within_a_rollout(lora, config)
 
 
 @pytest.mark.parametrize("kind", ["", "raise"])
-def test_rewards_that_are_all_the_same_or_all_fail_train_nothing_and_are_counted(kind, config, write_jsonl):
+def test_rewards_that_are_all_the_same_or_all_fail_train_nothing_and_are_counted(kind, config, write_jsonl, capsys):
     made = config(more={"rewards": [{"function": "rewarding:misbehaves"}]}, max_steps=2)
     write_jsonl([row | {"kind": kind} for row in PROMPTS], "prompts.jsonl")
     grpo.run(made)
@@ -303,6 +303,9 @@ def test_rewards_that_are_all_the_same_or_all_fail_train_nothing_and_are_counted
     assert logged[-1]["degenerate_groups"] == 1
     assert logged[-1]["policy_loss"] == 0
     assert logged[-1]["failed_rewards"] == (16 if kind else 0)
+    assert (
+        "a reward failed, and its answer is left out: rewarding:misbehaves: ValueError" in capsys.readouterr().out
+    ) == bool(kind)
 
 
 def test_what_cannot_be_is_refused(config, tmp_path, monkeypatch, capsys):

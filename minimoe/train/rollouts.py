@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from minimoe.config import GenerationSection, GrpoConfig, GrpoRun
+from minimoe.config import GenerationSection, GrpoRun
 from minimoe.data.batch import Batch
 from minimoe.data.loader import Batches
 from minimoe.data.packing import best_fit
@@ -94,6 +94,7 @@ class Rollouts(Batches):
         self._batch: RolloutBatch | None = None
         self._facts: dict[str, float] = {}
         self._log_is_clean = False
+        self._told = ""  # what went wrong with a reward
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> RolloutBatch:
         """The rank's rows of the step's rollout, which is made if it is not the last one."""
@@ -147,6 +148,9 @@ class Rollouts(Batches):
             (place, repeat, _answer(prompts[place], completion, self._rewards))
             for (place, repeat), completion in zip(jobs, completions, strict=True)
         ]
+        if self._rewards.last_error != self._told:  # once for each kind
+            self._told = self._rewards.last_error
+            accelerator.print(f"warning: a reward failed, and its answer is left out: {self._told}")
         if world_size > 1:
             made = gather_object(made)
         answers = [answer for _, _, answer in sorted(made, key=lambda item: item[:2])]
@@ -167,9 +171,16 @@ class Rollouts(Batches):
         )
 
     def _pack(self, answers: Sequence[Answer], world_size: int) -> RolloutBatch:
-        """Rows of whole answers, as many for every rank, with what the first model says of them."""
+        """Rows of whole answers, as many for every rank, with what the first model says of them.
+
+        Answers that teach nothing are left out, but where they keep the model near the first one. They count in the
+        mean that the loss is.
+        """
         pad_id = self._tokenizer.pad_token_id or 0
-        batch = pack_answers(answers, self._grpo, self._config.data.sequence_length, pad_id, world_size)
+        weights = token_weights(answers, self._grpo.loss, self._grpo.max_new_tokens)
+        kept = [n for n, answer in enumerate(answers) if answer.advantage or self._grpo.kl_weight] or [0]
+        answers, weights = [answers[n] for n in kept], [weights[n] for n in kept]
+        batch = pack_answers(answers, weights, self._config.data.sequence_length, pad_id, world_size)
         if self._reference is None:
             return batch
         return RolloutBatch(**{**batch.tensors(), "reference_logprobs": self._reference(batch)})
@@ -270,9 +281,13 @@ def token_weights(answers: Sequence[Answer], loss: str, max_new_tokens: int) -> 
 
 
 def pack_answers(
-    answers: Sequence[Answer], grpo: GrpoConfig, length: int, pad_id: int, world_size: int
+    answers: Sequence[Answer], token_weight: Sequence[float], length: int, pad_id: int, world_size: int
 ) -> RolloutBatch:
-    """Rows of `length` tokens, best-fit; their number is a multiple of the ranks'."""
+    """Rows of `length` tokens, best-fit; their number is a multiple of the ranks'.
+
+    Args:
+        token_weight: of each answer's tokens in the loss.
+    """
     lengths = [len(answer.prompt_ids) + len(answer.token_ids) for answer in answers]
     order = sorted(range(len(answers)), key=lambda index: -lengths[index])
     rows = best_fit([lengths[index] for index in order], length)
@@ -280,7 +295,6 @@ def pack_answers(
     input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
     positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     advantages, weights, old = (np.zeros(shape, np.float32) for _ in range(3))
-    token_weight = token_weights(answers, grpo.loss, grpo.max_new_tokens)
     filled = [0] * shape[0]
     for index, row in zip(order, rows, strict=True):
         answer, start = answers[index], filled[row]
