@@ -13,7 +13,7 @@ import torch
 from tiny import relative_error, tiny_config, tiny_model
 from tiny_runs import STORIES, rows, run_command, training_rows, weights, write_yaml
 
-from minimoe.config import PretrainRun, SourceConfig
+from minimoe.config import DpoRun, GrpoRun, PretrainRun, SourceConfig
 from minimoe.config.training import OptimizerConfig, TrainConfig
 from minimoe.data.loader import Batch
 from minimoe.errors import UserError
@@ -21,7 +21,7 @@ from minimoe.evaluate.perplexity import evaluate_model
 from minimoe.model.losses import IGNORE_INDEX, load_balancing_loss
 from minimoe.model.moe import MoEFeedForward
 from minimoe.tokenizer import load_tokenizer
-from minimoe.train import loop, pretrain, sft
+from minimoe.train import dpo, grpo, loop, pretrain, sft
 from minimoe.train.objectives import next_token
 from minimoe.train.optim import update_selection_bias
 from minimoe.train.parallel import forward_backward, make_accelerator
@@ -306,10 +306,22 @@ def test_data_samples_of_every_format_train_a_step(pretrain_config, sft_config):
         return type(config).model_validate(values)
 
     start = pretrain.run(on(pretrain_config("start", max_steps=1), samples / "text.txt"))
+    later = {
+        "preference.jsonl": (dpo, DpoRun, {}),
+        "label.jsonl": (dpo, DpoRun, {"dpo": {"loss": "kto"}}),
+        "prompts.jsonl": (grpo, GrpoRun, {"grpo": {"rewards": [{"function": "rewarding:same"}], "group_size": 2}}),
+    }
     for path in files:
+        if path.name in later:
+            stage, kind, more = later.pop(path.name)
+            values = on(sft_config(start, path.name, max_steps=1), path).model_dump() | more
+            values["grpo"] = values.get("grpo") and values["grpo"] | {"max_new_tokens": 8}
+            stage.run(kind.model_validate({key: value for key, value in values.items() if value is not None}))
+            continue
         pretrain.run(on(pretrain_config(path.name, max_steps=1), path))
         if not path.name.startswith("text"):
             sft.run(on(sft_config(start, f"sft-{path.name}", max_steps=1), path))
+    assert not later
 
 
 @pytest.mark.parametrize(
