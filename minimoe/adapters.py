@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from minimoe.config import LoraConfig
 from minimoe.errors import UserError
@@ -35,11 +36,12 @@ _PARAMETERS = {
 }
 
 
-def add_lora(model: Any, lora: LoraConfig, base: str | Path) -> None:
+def add_lora(model: Any, lora: LoraConfig, base: str | Path, control_tokens: Sequence[int] = ()) -> None:
     """Freeze a model and put trainable adapters on it.
 
     Args:
         base: the folder that the model is from, to be named in the adapter's.
+        control_tokens: ids whose embeddings are trained where the targets say so.
 
     Raises:
         UserError: `peft` is not installed, or the model has none of the targets.
@@ -54,6 +56,7 @@ def add_lora(model: Any, lora: LoraConfig, base: str | Path) -> None:
         lora_dropout=lora.dropout,
         target_modules=_ATTENTION if "attention" in lora.targets else [],
         target_parameters=parameters or None,
+        trainable_token_indices=_token_indices(model, control_tokens) if "control_tokens" in lora.targets else None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -61,9 +64,21 @@ def add_lora(model: Any, lora: LoraConfig, base: str | Path) -> None:
     except ValueError as error:
         raise UserError(
             f"lora.targets {', '.join(lora.targets)}: the model has nothing of them ({str(error).splitlines()[0]})",
-            fix="choose others of attention, " + ", ".join(_PARAMETERS),
+            fix="choose others of attention, control_tokens, " + ", ".join(_PARAMETERS),
         ) from None
     config.base_model_name_or_path = os.path.abspath(os.path.expanduser(base))
+
+
+def _token_indices(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
+    """Tied embeddings are adapted at both ends by `peft` itself."""
+    names = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    return {name: sorted(ids) for name in names}
+
+
+def untrained(model: Any, ids: Mapping[str, int]) -> list[str]:
+    """Tokens whose embeddings are so short, beside those of others, that no text can have had them."""
+    norms = model.get_input_embeddings().weight.detach().float().norm(dim=1)
+    return [token for token, index in ids.items() if norms[index] < 0.5 * norms.median()]
 
 
 def has_adapter(model: Any) -> bool:
@@ -76,10 +91,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Any]:
+def trained_tensors(model: Any) -> dict[str, Any]:
     """The entries of the model's state that training changes: all, or the adapter's."""
     state = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if ".lora_" in name} if has_adapter(model) else state
+    if not has_adapter(model):
+        return state
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if ".lora_" in name or ("trainable_tokens_delta" in name and not (tied and name.startswith("lm_head")))
+    }
 
 
 def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -93,7 +115,10 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     ((name, config),) = model.peft_config.items()
     tensors = trained_tensors(model) if weights is None else weights
     save_file(
-        {f"{_PREFIX}{key.replace(f'.{name}.', '.')}": tensor.contiguous() for key, tensor in tensors.items()},
+        {
+            f"{_PREFIX}{key.replace(f'.{name}.', '.').removesuffix(f'.{name}')}": tensor.contiguous()
+            for key, tensor in tensors.items()
+        },
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
@@ -115,10 +140,17 @@ def load_weights(model: Any, folder: Path, name: str = "default") -> None:
         result: Any = set_peft_model_state_dict(
             model, {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}, adapter_name=name
         )
+    except KeyError as error:
+        raise UserError(
+            f"the adapter's weights do not fit its config: {error} is missing",
+            where=str(folder),
+            fix="copy the folder again",
+        ) from None
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load the adapter: {reason}", where=str(folder), fix="copy the folder again") from error
-    missing = [key for key in result.missing_keys if f".lora_A.{name}." in key or f".lora_B.{name}." in key]
+    marks = (f".lora_A.{name}.", f".lora_B.{name}.", f"embed_tokens.token_adapter.trainable_tokens_delta.{name}")
+    missing = [key for key in result.missing_keys if any(mark in key for mark in marks)]
     if missing or result.unexpected_keys:
         raise UserError(
             f"the adapter's weights do not fit its config or its base: {len(missing)} are missing, "
@@ -193,9 +225,10 @@ def put_on(model: Any, folder: Path, name: str) -> None:
 def choose(model: Any, name: str | None) -> None:
     """Which of the adapters on a model counts; None: the base model alone."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             module.enable_adapters(name is not None)
             if name is not None:
                 module.set_adapter(name)

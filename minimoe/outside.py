@@ -102,7 +102,9 @@ def schema_of(name: str) -> dict[str, Any]:
     """The JSON schema of a function, as OpenAI has it, from its docstring and hints."""
     from transformers.utils import get_json_schema
 
-    return get_json_schema(find(name))
+    schema = get_json_schema(find(name))
+    schema["function"].pop("return", None)  # of `transformers` alone; models are trained without it
+    return schema
 
 
 def _serve(pipe: Connection, names: Sequence[str], path: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from minimoe.ops import using
 from minimoe.train import sft
 from minimoe.train.optim import build_optimizers
 
-EVERYTHING = ("attention", "dense", "shared_experts", "experts", "router")
+EVERYTHING = ("attention", "dense", "shared_experts", "experts", "router", "control_tokens")
 SIGMOID = {"scoring_func": "sigmoid", "n_shared_experts": 1, "first_k_dense_replace": 1, "router_bias_update_rate": 0.1}
 
 
@@ -70,7 +70,8 @@ def test_the_adapter_alone_is_trained_and_saved(base, run):
         name: t.tolist() for name, t in before.items()
     }
     saved = load_file(final / "adapter_model.safetensors")
-    assert all(".lora_" in name for name in saved)
+    (tokens,) = (name for name in saved if ".lora_" not in name)
+    assert tokens == "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     assert all(t.abs().sum() > 0 for t in saved.values())  # every B has moved from 0
     for place in ("q_proj", "mlp.gate_proj", "shared_experts.up_proj", "mlp.experts", "mlp.gate.lora"):
         assert any(place in name for name in saved)
@@ -81,18 +82,17 @@ def test_the_adapter_alone_is_trained_and_saved(base, run):
 
 def test_frozen_weights_have_no_gradients_no_moments_and_a_bias_that_stays(base):
     model, _ = load_model(base, "cpu")
-    adapters.add_lora(model, LoraConfig(targets=EVERYTHING), base)
+    adapters.add_lora(model, LoraConfig(targets=EVERYTHING), base, [1, 2])
     ids = torch.randint(0, 400, (2, 9))
     model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
-        name for name, p in model.named_parameters() if "lora" in name
-    }
+    trained = {name for name, p in model.named_parameters() if "lora" in name or "trainable_tokens" in name}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
     from minimoe.config.training import OptimizerConfig
     from minimoe.train.optim import update_selection_bias
 
     optimizers = build_optimizers(model, OptimizerConfig(name="adamw"))
     owned = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    assert owned == {id(p) for name, p in model.named_parameters() if "lora" in name}
+    assert owned == {id(p) for name, p in model.named_parameters() if name in trained}
     bias = {name: b.clone() for name, b in model.named_buffers() if "bias" in name}
     assert bias
     update_selection_bias(model, torch.tensor([[9, 0, 0, 0, 0, 0]]), 0.1)
@@ -117,7 +117,8 @@ def test_merged_equals_base_and_adapter(base, run, tmp_path):
 
 
 def test_an_adapter_loads_in_plain_peft_on_the_exported_base(base, run, tmp_path):
-    final, ids = run(), torch.randint(0, 400, (2, 9))
+    # Without control_tokens: GLM4-MoE, which the base is exported to, does not tie its embeddings.
+    final, ids = run(lora={"targets": EVERYTHING[:-1]}), torch.randint(0, 400, (2, 9))
     export_folder(str(base), str(tmp_path / "stock"))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
     assert not isinstance(stock, MiniMoeForCausalLM)
@@ -236,3 +237,13 @@ def test_frozen_experts_pass_gradients_on_in_every_form(path, frozen):
         assert all(getattr(experts, name).grad is None for name in frozen)
     for other in grads[1:]:
         torch.testing.assert_close(other, grads[0], atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_that_the_base_has_never_seen_are_told_of(base, run, capsys):
+    model, _ = load_model(base, "cpu")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] *= 0.01
+    assert adapters.untrained(model, {"<a>": 5, "<b>": 6}) == ["<a>"]
+    model.save_pretrained(base)
+    run(lora={"targets": ["attention"]})
+    assert "control_tokens" in capsys.readouterr().err

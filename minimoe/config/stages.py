@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from minimoe.config.section import Section
 
-LoraTarget = Literal["attention", "dense", "shared_experts", "experts", "router"]
+LoraTarget = Literal["attention", "dense", "shared_experts", "experts", "router", "control_tokens"]
 
 
 class LoraConfig(Section):
@@ -21,12 +21,13 @@ class LoraConfig(Section):
     targets: tuple[LoraTarget, ...] = Field(
         ("attention", "dense", "shared_experts", "experts"),
         min_length=1,
-        description="matrices with an adapter; those that the model does not have are passed over",
+        description="what has an adapter; what the model does not have is passed over. control_tokens are the "
+        "embeddings of tokens such as <|im_end|>, for a base that has never seen them",
     )
 
     @model_validator(mode="after")
     def _dropout_of_modules(self) -> LoraConfig:
-        others = [target for target in self.targets if target != "attention"]
+        others = [target for target in self.targets if target not in ("attention", "control_tokens")]
         if self.dropout and others:
             raise ValueError(
                 f"dropout {self.dropout}: only attention can have it; set it to 0, or targets: [attention]"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minimoe.adapters import add_lora, is_adapter
+from minimoe.adapters import add_lora, is_adapter, untrained
 from minimoe.config import LoraConfig, SftRun, TrainingRun
 from minimoe.data.loader import open_data
 from minimoe.errors import UserError
@@ -44,5 +45,13 @@ def start_from(init_from: str, config: TrainingRun, lora: LoraConfig | None) -> 
                 where=init_from,
                 fix="write the merged model with `minimoe merge`, and start from that",
             )
-        add_lora(model, lora, base)
+        control = tokenizer.get_added_vocab()
+        strange = [] if "control_tokens" in lora.targets else untrained(model, control)
+        if strange:
+            print(
+                f"note: no text of the base model's had {', '.join(strange)}; "
+                "if the data has, add control_tokens to lora.targets",
+                file=sys.stderr,
+            )
+        add_lora(model, lora, base, list(control.values()))
     return model, tokenizer

@@ -1,11 +1,12 @@
 """What the stages after SFT learn from, and are marked by: prompts, sums that SFT hardly covers, and calls of tools.
 
-prompts.jsonl            {"task", "messages", "check"}: instructions of the training split, for rewards
-large_sums.jsonl         the same, of sums with operands from 50 to 99; SFT has operands up to 49
-large_sums_test.jsonl    held out: pairs of operands that are in no other file
-more_test.jsonl          1,000 held-out instructions, for figures with less noise than 200 give
-sft_tools.jsonl          {"messages", "tools"}: sums of three digits by a calculator, and answers that need none
-tools_test.jsonl         {"prompt", "result"}: held-out sums of three digits
+prompts.jsonl, more_test.jsonl: {"task", "messages", "check"}; instructions of the training split for rewards, and 1,000
+    held-out ones, for figures with less noise than 200 give
+large_sums.jsonl, large_sums_test.jsonl: the same, of sums with operands from 50 to 99, where SFT has operands up to 49;
+    the test has pairs of operands that are in no other file
+sft_large_sums.jsonl: {"messages"}; such sums, worked out
+sft_tools.jsonl: {"messages", "tools"}; sums of three digits by a calculator, and answers that need none
+tools_test.jsonl: {"prompt", "result"}; held-out sums of three digits
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ Row = dict[str, Any]
 MIXTURE = ("story", "story", "question", "question", "question", "arithmetic", "arithmetic", "reorder", "reorder")
 COUNTS = {"prompts": 6000, "large_sums": 3000, "large_sums_test": 200, "more_test": 1000}
 TOOL_ROWS = {"sft_tools": 3000, "tools_test": 200}
+WORKED_ROWS = {"sft_large_sums": 3000}
 CALCULATOR: Row = {
     "type": "function",
     "function": {
@@ -87,7 +89,7 @@ def tool_row(rng: random.Random) -> Row:
 
 def make_more(seed: int) -> dict[str, list[Row]]:
     """The rows of every file, from a generator of its own each."""
-    rng = {name: random.Random(f"{seed} {name}") for name in (*COUNTS, *TOOL_ROWS)}
+    rng = {name: random.Random(f"{seed} {name}") for name in (*COUNTS, *TOOL_ROWS, *WORKED_ROWS)}
     tests = [sum_task(rng["tools_test"], 100, 999, held_out=True) for _ in range(TOOL_ROWS["tools_test"])]
     return {
         "prompts": instructions(rng["prompts"], "train", COUNTS["prompts"]),
@@ -95,6 +97,10 @@ def make_more(seed: int) -> dict[str, list[Row]]:
         "large_sums": [marked(sum_task(rng["large_sums"], 50, 99, False)) for _ in range(COUNTS["large_sums"])],
         "large_sums_test": [
             marked(sum_task(rng["large_sums_test"], 50, 99, True)) for _ in range(COUNTS["large_sums_test"])
+        ],
+        "sft_large_sums": [
+            row_of([sum_task(rng["sft_large_sums"], 50, 99, False) for _ in range(rng["sft_large_sums"].randint(1, 6))])
+            for _ in range(WORKED_ROWS["sft_large_sums"])
         ],
         "sft_tools": [tool_row(rng["sft_tools"]) for _ in range(TOOL_ROWS["sft_tools"])],
         "tools_test": [{"prompt": task.messages[0]["content"], "result": task.check["result"]} for task in tests],

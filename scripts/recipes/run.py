@@ -115,14 +115,23 @@ def dpo(seed: int) -> Figures:
 
 
 def lora(seed: int) -> Figures:
-    """Calls of a calculator, learned by all weights and by adapters."""
-    full = minimoe("sft", "tools.yaml", OUT / "tools", seed)
+    """Sums of 50 to 99, learned by adapters and by all weights."""
     adapters = minimoe("sft", "lora.yaml", OUT / "lora", seed)
+    full = minimoe("sft", "lora.yaml", OUT / "full", seed, "lora=null", "optimizer.lr=0.001")
+    return {
+        "LoRA, sums of 50 to 99": share(OUT / "lora" / "final", "large_sums_test"),
+        "LoRA, seconds": adapters,
+        "all weights, sums of 50 to 99": share(OUT / "full" / "final", "large_sums_test"),
+        "all weights, seconds": full,
+    }
+
+
+def tools(seed: int) -> Figures:
+    """Calls of a calculator."""
+    seconds = minimoe("sft", "tools.yaml", OUT / "tools", seed)
     return {
         "tools, sums of three digits": tools_share(OUT / "tools" / "final", with_tools=True),
-        "tools, seconds": full,
-        "tools by LoRA, sums of three digits": tools_share(OUT / "lora" / "final", with_tools=True),
-        "tools by LoRA, seconds": adapters,
+        "tools, seconds": seconds,
     }
 
 
@@ -154,6 +163,7 @@ RECIPES: dict[str, Callable[[int], Figures]] = {
     "grpo": grpo,
     "dpo": dpo,
     "lora": lora,
+    "tools": tools,
     "distil": distil,
 }
 
