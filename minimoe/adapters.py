@@ -169,6 +169,10 @@ def base_of(folder: Path, given: str | Path | None = None) -> Path:
     Raises:
         UserError: it is not there, or its weights are not those that the adapter was trained on.
     """
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # `peft` would go on to adapter_model.bin, a pickle
+        raise UserError(
+            f"no {ADAPTER_WEIGHTS}, and no other file is read", where=str(folder), fix="copy the folder again"
+        )
     config = read_object(folder / ADAPTER_CONFIG)
     base = Path(os.path.expanduser(given or str(config.get("base_model_name_or_path"))))
     if not (base / "config.json").is_file():

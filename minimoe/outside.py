@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import multiprocessing
+import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any
 
 from minimoe.errors import UserError
 
+_BOOT = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[2])
+from minimoe.outside import serve
+serve(int(sys.argv[1]))
+"""
 START_SECONDS = 120.0  # to import the modules; they may import torch
 
 
@@ -65,18 +72,19 @@ class Outside:
         """End the process; the next call starts another."""
         if self._process is not None:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
             self._pipe.close()
             self._process = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, self._names, [os.getcwd(), *sys.path])
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
+        self._pipe, theirs = Pipe()
+        # No process of `multiprocessing`: these import the main module again, which is not ours, and may not have
+        # children of their own.
+        command = [sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps([os.getcwd(), *sys.path])]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         try:
+            self._pipe.send(self._names)
             problem = self._pipe.recv() if self._pipe.poll(START_SECONDS) else f"no answer within {START_SECONDS:g} s"
         except (EOFError, OSError):
             problem = "its process ended while it was imported"
@@ -107,13 +115,13 @@ def schema_of(name: str) -> dict[str, Any]:
     return schema
 
 
-def _serve(pipe: Connection, names: Sequence[str], path: Sequence[str]) -> None:
+def serve(descriptor: int) -> None:
     """Body of the process: import, then answer calls until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to every process of a run; the main one decides
         signal.signal(number, signal.SIG_IGN)
-    sys.path[:] = path
+    pipe = Connection(descriptor)
     functions = []
-    for name in names:
+    for name in pipe.recv():
         try:
             functions.append(find(name))
         except BaseException as error:

@@ -167,6 +167,11 @@ def test_a_broken_adapter_is_refused(base, run):
     save_file(dict(list(tensors.items())[1:]), file)
     with pytest.raises(UserError, match="do not fit"):
         adapters.put_on(load_model(base, "cpu")[0], final, "a")
+    torch.save({}, final / "adapter_model.bin")
+    file.rename(final / "elsewhere")
+    with pytest.raises(UserError, match="no other file is read"):
+        load_model(final, "cpu")
+    (final / "elsewhere").rename(file)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot load the adapter"):
         load_model(final, "cpu")

@@ -34,7 +34,7 @@ def teacher(tmp_path, tiny_tokenizer) -> Path:
 @pytest.fixture
 def config(pretrain_config, teacher):
     def make(output: str = "distil", more: dict | None = None, learn: str = "documents", **train) -> DistilRun:
-        values = pretrain_config(output, **train).model_dump(exclude={"tokenizer", "model", "init_from"})
+        values = pretrain_config(output, **train).model_dump(exclude={"tokenizer", "model", "init_from", "context"})
         values["distil"] = {"teacher": str(teacher), "learn": learn} | (more or {})
         return DistilRun.model_validate(values | {"model": MODEL})
 

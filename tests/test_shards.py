@@ -214,6 +214,11 @@ def test_every_sample_becomes_a_shard(prepare, tmp_path):
         shutil.copy(sample, copies)
     rows = [json.loads(line) for line in (copies / "messages.jsonl").read_text().splitlines()]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), copies / "messages.parquet")
+    (copies / "prompts.jsonl").unlink()  # which a stage reads that tokenises nothing
+    for name, encoding in (("preference.jsonl", "pairs"), ("label.jsonl", "labels")):
+        corpus = prepare(copies / name, encoding, sequence_length=256)
+        assert corpus.counts["documents"] == len(corpus.splits) == 2
+        (copies / name).unlink()
     for sample in sorted(copies.iterdir()):
         assert prepare(sample).counts["documents"] in (1, 2), sample
         if not sample.name.startswith("text"):

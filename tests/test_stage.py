@@ -62,7 +62,7 @@ def train(pretrain_config, tiny_tokenizer):
 
     def run(resume: bool = False, dropout: float = 0.0, **options) -> Path:
         values = pretrain_config("weighted", max_steps=24, **options).model_dump(
-            exclude={"model", "tokenizer", "init_from"}
+            exclude={"model", "tokenizer", "init_from", "context"}
         )
         config = WeightedRun.model_validate(values)
         torch.manual_seed(1)

@@ -162,7 +162,7 @@ class Lab:
         grpo = {"rewards": [{"function": "scripts.chaos.lab:letters"}], "group_size": 4, "max_new_tokens": 8}
         grpo["updates_per_rollout"] = 3  # a rollout is in the middle at most saves
         train = {"batch_size": 8} | train
-        return self._run("grpo", name, base | {"grpo": grpo}, "prompts", train)
+        return self._run("grpo", name, base | {"grpo": grpo, "data": {"sequence_length": 64}}, "prompts", train)
 
     def _run(self, command: str, name: str, values: dict[str, Any], data: str, train: dict[str, Any]) -> Run:
         folder = self.folder / name
@@ -197,7 +197,8 @@ class Reference:
 
     @classmethod
     def of(cls, run: Run) -> Reference:
-        run.finish("train.max_steps=1", f"output_dir={run.folder}-first")  # tokenises; the shards are cached from here
+        # Tokenises; the shards are cached from here.
+        run.to(run.folder.with_name(f"{run.folder.name}-first")).finish("train.max_steps=1")
         started = time.monotonic()
         process = run.start()
         while process.is_alive() and not run.step():
