@@ -76,9 +76,22 @@ def _token_indices(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
 
 
 def untrained(model: Any, ids: Mapping[str, int]) -> list[str]:
-    """Tokens whose embeddings are so short, beside those of others, that no text can have had them."""
-    norms = model.get_input_embeddings().weight.detach().float().norm(dim=1)
-    return [token for token, index in ids.items() if norms[index] < 0.5 * norms.median()]
+    """Tokens that no text of the model's can have had.
+
+    Embeddings at both ends of a model (tied) have all been pushed the same way where they were never the right token,
+    and are nearly parallel; others are as short as they began.
+    """
+    weight = model.get_input_embeddings().weight.detach().float()
+    norms = weight.norm(dim=1)
+    chosen = weight[list(ids.values())] / norms[list(ids.values()), None].clamp(min=1e-9)
+    alike = (chosen @ chosen.T).fill_diagonal_(0).amax(dim=1)
+    short = norms < 0.5 * norms.median()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return [
+        token
+        for (token, index), closest in zip(ids.items(), alike.tolist(), strict=True)
+        if (closest > 0.99 if tied else bool(short[index]))
+    ]
 
 
 def has_adapter(model: Any) -> bool:

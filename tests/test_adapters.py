@@ -244,11 +244,20 @@ def test_frozen_experts_pass_gradients_on_in_every_form(path, frozen):
         torch.testing.assert_close(other, grads[0], atol=1e-4, rtol=1e-4)
 
 
-def test_tokens_that_the_base_has_never_seen_are_told_of(base, run, capsys):
+def test_tokens_that_the_base_has_never_seen_are_told_of(base, run, capsys, tiny_tokenizer):
     model, _ = load_model(base, "cpu")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[5] *= 0.01
-    assert adapters.untrained(model, {"<a>": 5, "<b>": 6}) == ["<a>"]
+    control = tiny_tokenizer.get_added_vocab()
+    assert adapters.untrained(model, control) == []
+    weight = model.get_input_embeddings().weight
+    pushed = torch.randn(weight.shape[1])
+    with torch.no_grad():  # tied: the two are pushed the same way, and nothing else happens to them
+        for token in ("<think>", "</think>"):
+            weight[control[token]] = pushed + 0.01 * weight[control[token]]
+    assert adapters.untrained(model, control) == ["<think>", "</think>"]
     model.save_pretrained(base)
     run(lora={"targets": ["attention"]})
-    assert "control_tokens" in capsys.readouterr().err
+    assert "had <think>, </think>" in capsys.readouterr().err
+    untied = tiny_model(vocab_size=448, tie_word_embeddings=False)
+    with torch.no_grad():
+        untied.get_input_embeddings().weight[5] *= 0.01
+    assert adapters.untrained(untied, {"<a>": 5, "<b>": 6}) == ["<a>"]

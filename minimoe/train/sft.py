@@ -45,7 +45,7 @@ def start_from(init_from: str, config: TrainingRun, lora: LoraConfig | None) -> 
                 where=init_from,
                 fix="write the merged model with `minimoe merge`, and start from that",
             )
-        control = tokenizer.get_added_vocab()
+        control = {token: index for token, index in tokenizer.get_added_vocab().items() if token != tokenizer.pad_token}
         strange = [] if "control_tokens" in lora.targets else untrained(model, control)
         if strange:
             print(

@@ -7,12 +7,16 @@ large_sums.jsonl, large_sums_test.jsonl: the same, of sums with operands from 50
 sft_large_sums.jsonl: {"messages"}; such sums, worked out
 sft_tools.jsonl: {"messages", "tools"}; sums of three digits by a calculator, and answers that need none
 tools_test.jsonl: {"prompt", "result"}; held-out sums of three digits
+
+python -m scripts.quickstart.more_tasks --out data/quickstart
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 from scripts.quickstart.arithmetic import ARITHMETIC_PROMPTS, OPERATIONS, WORDS, Problem, worked
@@ -107,5 +111,25 @@ def make_more(seed: int) -> dict[str, list[Row]]:
     }
 
 
+def write_more(out: Path, seed: int = 0) -> None:
+    """Make every file."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_more(seed).items():
+        (out / f"{name}.jsonl").write_text(as_lines(rows), encoding="utf-8")
+
+
 def as_lines(rows: list[Row]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the files that the stages after SFT learn from.")
+    parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder for the files")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other files (default 0)")
+    options = parser.parse_args()
+    write_more(options.out, options.seed)
+    print(f"written to {options.out}: {', '.join((*COUNTS, *TOOL_ROWS, *WORKED_ROWS))}")
+
+
+if __name__ == "__main__":
+    main()
