@@ -117,8 +117,8 @@ def test_the_policy_loss_is_clipped_where_it_would_go_on():
     torch.testing.assert_close(new.grad, torch.tensor([-1.2, -0.8, 1.2, 0.8]))
 
 
-def test_the_loss_is_trls(monkeypatch):
-    """TRL's formula for one batch of answers, from its own source: its trainer samples for itself."""
+def test_the_loss_of_a_batch_is_the_papers_mean_over_tokens_and_answers():
+    """The formulas with a mask over padded rows: the trainers of other libraries sample for themselves."""
     torch.manual_seed(0)
     new, old, advantages = torch.randn(3, 5) - 2, torch.randn(3, 5) - 2, torch.randn(3, 1)
     lengths = torch.tensor([5, 3, 1])

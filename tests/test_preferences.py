@@ -239,7 +239,7 @@ def tiny_logits(folder: Path, batch) -> torch.Tensor:
     return tiny_model_of(folder)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-def test_simpo_orpo_and_kto_are_trls(monkeypatch):
+def test_simpo_and_orpo_are_trls_and_kto_is_its_equations(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
@@ -256,7 +256,7 @@ def test_simpo_orpo_and_kto_are_trls(monkeypatch):
     theirs, *_ = ORPOTrainer.odds_ratio_loss(orpo, means[:, 0], means[:, 1])
     ours = preference_loss(means * lengths, lengths, zeros, DpoConfig(loss="orpo", beta=0.2))
     torch.testing.assert_close(ours, -theirs, atol=1e-6, rtol=1e-6)
-    # KTO's equations 7 and 8 as trl.experimental.kto writes them; its trainer wants rows, not log-probabilities.
+    # KTO's equations 7 and 8, written out: TRL's trainer wants rows, not log-probabilities.
     ratios, wanted = torch.randn(7), torch.rand(7) > 0.5
     good, bad, kl = ratios[wanted], ratios[~wanted], torch.tensor(0.3)
     theirs = torch.cat([2.0 * (1 - F.sigmoid(0.1 * (good - kl))), 3.0 * (1 - F.sigmoid(0.1 * (kl - bad)))])
