@@ -119,6 +119,7 @@ def serve(descriptor: int) -> None:
     """Body of the process: import, then answer calls until the pipe closes."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to every process of a run; the main one decides
         signal.signal(number, signal.SIG_IGN)
+    os.dup2(2, 1)  # what they print goes to standard error: the output is the command's own
     pipe = Connection(descriptor)
     functions = []
     for name in pipe.recv():

@@ -136,7 +136,7 @@ def encode_prompt(
     """Ids of a conversation up to the point where the assistant speaks next.
 
     Args:
-        enable_thinking: what the chat template is told of it; None tells it nothing.
+        enable_thinking: passed on to the chat template; None passes nothing.
 
     Raises:
         UserError: the template asks for no such thing, or cannot render the conversation.

@@ -23,6 +23,11 @@ def wanted(answer: str, row: dict) -> float:
     return float(row["check"] in answer)
 
 
+def talks(answer: str, row: dict) -> float:
+    print("a reward talks")
+    return 1.0
+
+
 def misbehaves(answer: str, row: dict) -> float:
     """As the row says."""
     kind = row.get("kind")

@@ -176,6 +176,12 @@ def test_a_student_with_another_vocabulary_is_refused(config, tmp_path):
         distil.run(DistilRun.model_validate(values))
 
 
+def test_the_preview_shows_what_the_student_reads(config, tmp_path, monkeypatch, capsys):
+    path = write_yaml(tmp_path / "distil.yaml", config())
+    assert run_command(monkeypatch, "preview", path, "--count", "1") == 0
+    assert "went to the" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -15,10 +15,10 @@ from minimoe.data.prompts import open_prompts, prompt_at
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine
 from minimoe.train import grpo
+from minimoe.train.answers import Answer, pack_answers, set_advantages, token_weights
 from minimoe.train.grpo import policy_loss
 from minimoe.train.objectives import Step
 from minimoe.train.rewards import Rewards
-from minimoe.train.rollouts import Answer, pack_answers, set_advantages, token_weights
 
 PROMPTS = [{"prompt": f"Where is the {a}?", "check": a} for a in ("cat", "boat", "moon", "hat", "bell", "kite")]
 
@@ -42,6 +42,13 @@ def test_a_reward_that_misbehaves_costs_its_answer_alone():
             assert rewards("a", {"kind": kind}) == (None, [None])
             assert said in rewards.last_error
             assert rewards("a", {}) == (0.5, [0.5])
+
+
+def test_what_a_reward_prints_stays_out_of_the_output(capfd):
+    with Rewards(one("talks"), seconds=5.0) as rewards:
+        assert rewards("a", {}) == (1.0, [1.0])
+    printed = capfd.readouterr()
+    assert "a reward talks" not in printed.out
 
 
 def test_several_rewards_are_weighted():
@@ -236,6 +243,14 @@ def test_what_is_no_prompt_is_refused(row, said, data_config, write_jsonl, tiny_
         open_prompts(data_config(str(write_jsonl([row])), validation_fraction=0), tiny_tokenizer, 0, 8, 9)
 
 
+def test_bad_prompts_are_counted_where_the_config_says_so(data_config, write_jsonl, tiny_tokenizer):
+    made = [{"prompt": 3}, {"prompt": "How are you?"}, {"prompt": "word " * 99}]
+    data = data_config(str(write_jsonl(made)), validation_fraction=0, on_bad_rows="skip", sequence_length=64)
+    found = open_prompts(data, tiny_tokenizer, 0, 8, 9)
+    assert found.counts == {"bad_rows": 1, "dropped": 1}
+    assert len(found.train) == 1
+
+
 # ---- whole runs ----
 
 
@@ -264,9 +279,10 @@ def rollouts_of(folder: str | Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "cispo"])
-def test_a_run_gets_more_reward(loss, config):
+def test_a_run_gets_more_reward(loss, config, capsys):
     made = config(more={"loss": loss}, max_steps=25)
     grpo.run(made)
+    assert "tokens per expert" not in capsys.readouterr().out  # nobody knows how long the answers will be
     logged = training_rows(made.output_dir)
     assert logged[-1]["reward"] > 2 * logged[0]["reward"] + 0.05
     assert logged[0]["ratio_difference"] < 1e-5

@@ -208,4 +208,5 @@ def test_the_command_prints_what_it_finds(tmp_path, tiny_tokenizer, words, monke
     assert run_command(monkeypatch, "evaluate", folder, "--needle", "--lengths", "500") == 2
     assert "128 positions are possible" in capsys.readouterr().err
     assert run_command(monkeypatch, "evaluate", folder, "--needle", "--lengths", "many") == 2
-    assert run_command(monkeypatch, "evaluate", folder, "--needle", "--limit", "3") == 2
+    for words_of_others in (["--needle", "--limit", "3"], ["--needle", "--chat"], ["--data", "x", "--trials", "3"]):
+        assert run_command(monkeypatch, "evaluate", folder, *words_of_others) == 2

@@ -57,7 +57,7 @@ BELOW = {
         "ops",
         "device",
     }
-    | {"tokenizer", "device", "user_cache", "outside"},
+    | {"tokenizer", "device", "outside"},
     "extras": {"errors"},
     "convert": {
         "adapters",

@@ -114,7 +114,9 @@ def evaluate(
         bool, typer.Option("--needle", help="hide a word in --data, or in plain sentences, and ask for it")
     ] = False,
     lengths: Annotated[str, typer.Option(help="with --needle: tokens, e.g. 512,2048; default: up to the model's")] = "",
-    trials: Annotated[int, typer.Option(min=1, help="with --needle: at each length and depth")] = 8,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="with --needle: at each length and depth, 8 by default")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="rows of each task")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="solved examples before each row of a task")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put a task's questions into the chat template")] = False,
@@ -128,14 +130,15 @@ def evaluate(
     """Loss, perplexity and bits per byte of a model on any data, its score in benchmark tasks, or needles it finds."""
     if needle:
         unused = {"--tasks": tasks, "--answers-only": answers_only, "KEY=VALUE": overrides, "--limit": limit}
+        unused |= {"--fewshot": fewshot, "--chat": chat, "--sequence-length": sequence_length}
         _refuse(unused, "is not for --needle")
         with large_imports():
             from minimoe.evaluate import needle as needles
 
-        options = {"trials": trials, "json_output": json_output, "device": device}
+        options = {"trials": trials or 8, "json_output": json_output, "device": device}
         needles.run(model_dir, data, lengths=_whole_numbers(lengths), **options)  # type: ignore[arg-type]
         return
-    _refuse({"--lengths": lengths}, "is for --needle")
+    _refuse({"--lengths": lengths, "--trials": trials}, "is for --needle")
     if tasks is not None:
         _evaluate_tasks(
             model_dir,

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,7 +85,12 @@ def open_prompts(
 def prompt_at(prompts: Sequence[Prompt], number: int, seed: int) -> Prompt:
     """Prompt `number` of the endless order: each epoch another permutation of all."""
     epoch, place = divmod(number, len(prompts))
-    return prompts[int(np.random.default_rng([seed, epoch]).permutation(len(prompts))[place])]
+    return prompts[int(_order(len(prompts), seed, epoch)[place])]
+
+
+@lru_cache(maxsize=2)  # a rollout may end one epoch and begin another
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def _read(

@@ -87,6 +87,11 @@ class Corpus:
         return len(self.num_bytes)
 
 
+def cache_folder(data: DataConfig) -> Path:
+    """Where tokenised data is kept, and what models have said of it."""
+    return Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else user_cache()
+
+
 def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Corpus:
     """Open the source's shard, building it first if it is not in the cache.
 
@@ -96,7 +101,7 @@ def prepare(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTokeniz
     fingerprint = _fingerprint(source, data, tokenizer, encoding)
     cache = Path("the cache")
     try:
-        cache = Path(os.path.expanduser(data.cache_dir)) if data.cache_dir else user_cache()
+        cache = cache_folder(data)
         folder = cache / fingerprint
         cache.mkdir(parents=True, exist_ok=True)
         (cache / f"{fingerprint}.lock").touch()  # the lock itself would wait for a folder that can be written

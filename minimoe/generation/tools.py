@@ -7,7 +7,7 @@
 - `calculator`, the example in this folder.
 
 Functions run in a process of their own. A call has a time limit, a result a length limit, an answer a number of calls.
-What goes wrong is told to the model as the result, as it would tell a person.
+What goes wrong is the result that the model gets.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ B batch, S sequence, N learned positions, V vocabulary, K tokens kept of the tea
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from minimoe.adapters import fingerprint
 from minimoe.config import DistilConfig, DistilRun
 from minimoe.data.batch import Batch
 from minimoe.data.loader import open_data
+from minimoe.data.shards import cache_folder
 from minimoe.errors import UserError
 from minimoe.loading import load_model, model_folder
 from minimoe.model.language_model import MiniMoeForCausalLM
@@ -33,7 +33,6 @@ from minimoe.train.parallel import make_accelerator
 from minimoe.train.pretrain import new_model
 from minimoe.train.sft import start_from
 from minimoe.train.teacher_cache import TeacherCache, row_key
-from minimoe.user_cache import user_cache
 
 
 class Taught(NamedTuple):
@@ -55,8 +54,8 @@ def run(config: DistilRun, *, resume: bool = False, overwrite: bool = False) -> 
     else:
         torch.manual_seed(config.seed)
         model = new_model(config.model or {}, tokenizer, config.data.sequence_length, config.distil.teacher)
-    limit = teacher.config.max_position_embeddings
-    if config.data.sequence_length > limit:
+    limit = getattr(teacher.config, "max_position_embeddings", None)
+    if limit is not None and config.data.sequence_length > limit:
         raise UserError(
             f"data.sequence_length {config.data.sequence_length} is more than the teacher's {limit} positions",
             where=config.distil.teacher,
@@ -92,14 +91,13 @@ class Teacher:
         self._cache: TeacherCache | None = None
         if config.distil.cache:
             assert config.distil.top_k is not None
-            root = Path(os.path.expanduser(config.data.cache_dir)) if config.data.cache_dir else user_cache()
             length = config.data.sequence_length
             folder = model_folder(config.distil.teacher)
             settings = (fingerprint(folder), length, config.distil.top_k, config.distil.temperature)
             settings += (vocabulary, accelerator.mixed_precision, accelerator.device.type)  # type: ignore[assignment]
             name = hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
             rank = accelerator.process_index
-            self._cache = TeacherCache(root / f"teacher-{name}", length, config.distil.top_k, rank)
+            self._cache = TeacherCache(cache_folder(config.data) / f"teacher-{name}", length, config.distil.top_k, rank)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, learned: Tensor) -> Taught:

@@ -7,7 +7,6 @@ first step, and kept beside the tokenised data: no second model stays in memory,
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from minimoe.config import DpoConfig, DpoRun
 from minimoe.data.loader import Validation, open_data
 from minimoe.data.packing import Documents
 from minimoe.data.pairs import PairPacking
-from minimoe.data.shards import Corpus
+from minimoe.data.shards import Corpus, cache_folder
 from minimoe.errors import disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.loading import model_folder
@@ -36,7 +35,6 @@ from minimoe.train.objectives import HeldOut, Step
 from minimoe.train.parallel import make_accelerator
 from minimoe.train.preference import preference_objective
 from minimoe.train.sft import start_from
-from minimoe.user_cache import user_cache
 
 
 def run(config: DpoRun, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -73,8 +71,8 @@ def held_out_preferences(
     """Loss and accuracy on held-out pairs: means over all of them."""
     objective = preference_objective(dpo)
     rank, world = accelerator.process_index, accelerator.num_processes
-    totals: dict[str, float] = {}
-    pairs = 0
+    names = ("preference_loss", "reward_accuracy", "reward_margin")
+    totals = torch.zeros(len(names) + 1, dtype=torch.float64)  # over pairs, and how many they are
     was_training = model.training
     model.eval()
     try:
@@ -85,16 +83,12 @@ def held_out_preferences(
                 count = int(batch.num_items())
                 batch = batch.to(accelerator.device)
                 terms = objective(model, batch, Step.of(batch)).terms
-                for name in ("preference_loss", "reward_accuracy", "reward_margin"):
-                    totals[name] = totals.get(name, 0.0) + terms[name].item() * count
-                pairs += count
+                totals += torch.tensor([*(terms[name].item() * count for name in names), count])
     finally:
         model.train(was_training)
-    names = ("preference_loss", "reward_accuracy", "reward_margin")
-    values = torch.tensor([totals.get(name, 0.0) for name in names] + [pairs], dtype=torch.float64)
     if world > 1:
-        values = accelerator.reduce(values.to(accelerator.device)).cpu()
-    loss, accuracy, margin = (values[:3] / values[3].clamp(min=1)).tolist()
+        totals = accelerator.reduce(totals.to(accelerator.device)).cpu()
+    loss, accuracy, margin = (totals[:-1] / totals[-1].clamp(min=1)).tolist()
     return HeldOut({"val_loss": loss, "val_reward_accuracy": accuracy, "val_reward_margin": margin}, loss)
 
 
@@ -104,11 +98,10 @@ def with_reference(corpus: Corpus, *, config: DpoRun, model: Any, pad_id: int, a
     Raises:
         StorageError: they cannot be written.
     """
-    cache = Path(os.path.expanduser(config.data.cache_dir)) if config.data.cache_dir else user_cache()
     start = fingerprint(model_folder(config.init_from))
     settings = (corpus.fingerprint, start, accelerator.mixed_precision, accelerator.device.type)
     name = hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
-    file = cache / f"{name}.reference.npy"
+    file = cache_folder(config.data) / f"{name}.reference.npy"
     with disk_errors("the reference's log-probabilities", file), FileLock(file.with_suffix(".lock")):
         if not _is_whole(file, corpus.num_documents):
             values = reference_logprobs(corpus, config, model, pad_id, accelerator)

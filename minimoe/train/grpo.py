@@ -24,11 +24,12 @@ from minimoe.data.prompts import Prompt, open_prompts
 from minimoe.errors import UserError
 from minimoe.failpoints import failpoint
 from minimoe.ops.onednn import float32_by_onednn
+from minimoe.train.answers import RolloutBatch, answers_mask
 from minimoe.train.loop import fit
 from minimoe.train.objectives import HeldOut, Losses, Objective, Step, add_router_terms
 from minimoe.train.parallel import make_accelerator
 from minimoe.train.rewards import Rewards
-from minimoe.train.rollouts import RolloutBatch, Rollouts, answer_all, answers_mask
+from minimoe.train.rollouts import Rollouts, answer_all
 from minimoe.train.sft import start_from
 
 _ANSWERED_TOGETHER = 64

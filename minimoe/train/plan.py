@@ -65,6 +65,8 @@ def print_plan(run: Run) -> None:
     if has_adapter(run.model):
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         rows["parameters"] += f"; {trained:,} trained, in adapters"
+    if not timed:
+        del rows["tokens"], rows["tokens per expert"]
     rows |= left_aside(config.data.train, data.ignored)
     doubts = config.optimizer.doubts()
     if not run.tokenizer.chat_template:

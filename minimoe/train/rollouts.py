@@ -7,7 +7,7 @@ and no weights are sent anywhere.
 A rollout is a function of the weights, the seed and its number. It is used for `updates_per_rollout` steps; a
 checkpoint between them holds it. Prompts are shared out among ranks by their place, and answers do not depend on that.
 
-B batch, S sequence, G answers to a prompt.
+B batch, S sequence.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -30,40 +29,13 @@ from torch import Tensor
 from minimoe.config import GenerationSection, GrpoRun
 from minimoe.data.batch import Batch
 from minimoe.data.loader import Batches
-from minimoe.data.packing import best_fit
 from minimoe.data.prompts import Prompt, Prompts, prompt_at
 from minimoe.errors import disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Completion, Engine
-from minimoe.model.losses import IGNORE_INDEX
+from minimoe.train.answers import Answer, RolloutBatch, pack_answers, set_advantages, token_weights
 from minimoe.train.rewards import Rewards
-
-ROLLOUTS_FILE = "rollouts.jsonl"
-
-
-@dataclass(frozen=True)
-class RolloutBatch(Batch):
-    """Packed prompts with their answers. What belongs to a token stands where it is predicted, one place before it."""
-
-    advantages: Tensor  # (B, S) float32
-    weights: Tensor  # (B, S) float32: of the token in the step's loss; they are 0 where nothing is learned
-    old_logprobs: Tensor  # (B, S) float32: when it was sampled
-    reference_logprobs: Tensor  # (B, S) float32: under the first model, 0 without one
-
-
-@dataclass
-class Answer:
-    """One answer on its way into a batch."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
-    text: str
-    truncated: bool
-    reward: float | None  # None: a reward failed
-    rewards: list[float | None]
-    advantage: float = 0.0
-    learned: bool = True
+from minimoe.train.run_folder import ROLLOUTS_FILE
 
 
 class Rollouts(Batches):
@@ -71,7 +43,6 @@ class Rollouts(Batches):
 
     Args:
         reference: the log-probabilities (B, S) of a batch's labels under the first model; None without one.
-        rewards: None on ranks that answer nothing.
     """
 
     def __init__(
@@ -243,81 +214,6 @@ def answer_all(
             )
     finally:
         model.train(was_training)
-
-
-def set_advantages(group: Sequence[Answer], loss: str, learn_truncated: bool) -> bool:
-    """Each answer's reward against its group's mean, divided by the deviation but in dr_grpo.
-
-    Answers whose reward failed, and on demand those that were truncated, are not learned from.
-
-    Returns:
-        Whether the group teaches anything: its rewards differ.
-    """
-    for answer in group:
-        answer.learned = answer.reward is not None and (learn_truncated or not answer.truncated)
-    rewards = np.array([answer.reward for answer in group if answer.learned], np.float64)
-    if len(rewards) == 0 or np.ptp(rewards) == 0:
-        return False
-    scale = 1.0 if loss == "dr_grpo" else float(rewards.std(ddof=1)) + 1e-4
-    for answer in group:
-        if answer.learned:
-            answer.advantage = (float(answer.reward or 0) - float(rewards.mean())) / scale
-    return True
-
-
-def token_weights(answers: Sequence[Answer], loss: str, max_new_tokens: int) -> list[float]:
-    """The weight of each token of each answer: over all tokens of the step they make the mean that the loss is."""
-    learned = sum(answer.learned for answer in answers)
-    tokens = sum(len(answer.token_ids) for answer in answers if answer.learned)
-    weights = []
-    for answer in answers:
-        if not answer.learned:
-            weights.append(0.0)
-        elif loss == "grpo":
-            weights.append(1 / (learned * len(answer.token_ids)))
-        else:
-            weights.append(1 / (learned * max_new_tokens) if loss == "dr_grpo" else 1 / tokens)
-    return weights
-
-
-def pack_answers(
-    answers: Sequence[Answer], token_weight: Sequence[float], length: int, pad_id: int, world_size: int
-) -> RolloutBatch:
-    """Rows of `length` tokens, best-fit; their number is a multiple of the ranks'.
-
-    Args:
-        token_weight: of each answer's tokens in the loss.
-    """
-    lengths = [len(answer.prompt_ids) + len(answer.token_ids) for answer in answers]
-    order = sorted(range(len(answers)), key=lambda index: -lengths[index])
-    rows = best_fit([lengths[index] for index in order], length)
-    shape = (-(-(max(rows) + 1) // world_size) * world_size, length)
-    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
-    positions, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    advantages, weights, old = (np.zeros(shape, np.float32) for _ in range(3))
-    filled = [0] * shape[0]
-    for index, row in zip(order, rows, strict=True):
-        answer, start = answers[index], filled[row]
-        first = start + len(answer.prompt_ids)
-        stop = first + len(answer.token_ids)
-        input_ids[row, start:stop] = answer.prompt_ids + answer.token_ids
-        labels[row, first:stop] = answer.token_ids
-        positions[row, start:stop] = np.arange(stop - start)
-        mask[row, start:stop] = 1
-        ahead = slice(first - 1, stop - 1)
-        advantages[row, ahead] = answer.advantage
-        weights[row, ahead] = token_weight[index]
-        old[row, ahead] = answer.logprobs
-        filled[row] = stop
-    for row, stop in enumerate(filled):
-        positions[row, stop:] = np.arange(length - stop)
-    columns = (input_ids, labels, positions, mask, advantages, weights, old, np.zeros(shape, np.float32))
-    return RolloutBatch(*map(torch.from_numpy, columns))
-
-
-def answers_mask(batch: Batch) -> Tensor:
-    """(B, S) float32: 1 where a position predicts a token of an answer."""
-    return F.pad(batch.labels[:, 1:] != IGNORE_INDEX, (0, 1)).float()
 
 
 def _answer(prompt: Prompt, completion: Completion, rewards: Rewards) -> Answer:

@@ -26,10 +26,11 @@ from minimoe.train.checkpoint import newest_first
 from minimoe.train.guard import SKIPPED_FOLDER
 from minimoe.train.metrics import METRICS_FILE
 
+ROLLOUTS_FILE = "rollouts.jsonl"  # of GRPO: every answer
 CONFIG_FILE, STATUS_FILE = "config.yaml", "status.json"
 CHECKPOINTS = "checkpoints"
 _USED_BY = (CHECKPOINTS, FINAL, METRICS_FILE)  # what tells a run's folder
-_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb", "rollouts.jsonl")  # the status is the new run's by then
+_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb", ROLLOUTS_FILE)  # the status is the new run's by then
 _LOCK = ".lock"
 
 
