@@ -8,7 +8,8 @@ import pytest
 
 from minimoe.config import LoggingConfig
 from minimoe.errors import StorageError
-from minimoe.train.metrics import METRICS_FILE, MetricsLogger
+from minimoe.train.files import METRICS_FILE
+from minimoe.train.metrics import MetricsLogger
 
 
 def make(folder: Path, start_step: int = 0, enabled: bool = True, wandb: str = "off") -> MetricsLogger:

@@ -133,5 +133,6 @@ class LoggingConfig(Section):
     """Where metrics go beside the console and metrics.jsonl."""
 
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases; offline needs no key")
+    report: bool = Field(True, description="keep report.html in the run's folder, refreshed while training")
     project: Name = Field("minimoe", description="wandb project")
     run_name: Name | None = Field(None, description="wandb run name; null: the output folder's name")

@@ -14,8 +14,8 @@ import yaml
 
 from minimoe.folder import read_object
 from minimoe.model.config import num_parameters
-from minimoe.train.metrics import METRICS_FILE, read_metrics
-from minimoe.train.run_folder import CONFIG_FILE
+from minimoe.train.files import CONFIG_FILE, METRICS_FILE
+from minimoe.train.metrics import read_metrics
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48  # characters of the curve

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minimoe.errors import suggestion
+from minimoe.model.costs import parameters_by_part
 from minimoe.model.dispatch import DISPATCHES
 
 # Written into config.json by transformers or accepted by every config, beside the declared fields.
@@ -76,7 +77,7 @@ class MiniMoeConfig(PreTrainedConfig):
     # What `Trainer` does not hand to compute_metrics: everything but the logits.
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
         "cache past_key_values aux_loss router_logits lm_loss load_balancing_loss router_z_loss expert_counts "
-        "expert_probabilities".split()
+        "expert_probabilities router_confidence".split()
     )
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "num_experts",
@@ -265,27 +266,18 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
     return problems
 
 
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture with what it leaves out."""
+    return {field.name: field.default for field in dataclasses.fields(MiniMoeConfig)} | dict(values)
+
+
 def num_parameters(values: Mapping[str, Any], *, active: bool = False) -> int:
     """Parameters of a valid architecture, by arithmetic alone.
 
     Args:
         active: leave out the routed experts that a token does not choose.
     """
-    get: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(MiniMoeConfig)} | dict(values)
-    hidden, heads, layers = get["hidden_size"], get["num_attention_heads"], get["num_hidden_layers"]
-    head_dim = get["head_dim"] or hidden // heads
-    attention = 2 * hidden * head_dim * (heads + get["num_key_value_heads"])
-    norms = 2 * (hidden + (head_dim if get["use_qk_norm"] else 0))  # before attention and feed-forward, of its heads
-    num_dense = min(get["first_k_dense_replace"], layers)
-    num_experts = get["num_experts_per_tok" if active else "num_experts"] + get["n_shared_experts"]
-    moe = 3 * hidden * get["moe_intermediate_size"] * num_experts + hidden * get["num_experts"]
-    return (
-        get["vocab_size"] * hidden * (1 if get["tie_word_embeddings"] else 2)
-        + layers * (attention + norms)
-        + num_dense * 3 * hidden * get["intermediate_size"]
-        + (layers - num_dense) * moe
-        + hidden  # of the final norm
-    )
+    return sum(parameters_by_part(with_defaults(values), active=active).values())
 
 
 def _token_id_problems(get: Mapping[str, Any]) -> dict[str, str]:

@@ -50,6 +50,7 @@ from minimoe.model.losses import (
     load_balancing_loss,
     mean_probabilities,
     next_token_loss,
+    router_confidence,
     router_z_loss,
     token_logprobs,
 )
@@ -76,6 +77,7 @@ class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     load_balancing_loss: Tensor | None = None
     router_z_loss: Tensor | None = None
     expert_counts: Tensor | None = None  # (L, E) int64: real tokens per expert of each MoE layer
+    router_confidence: Tensor | None = None  # (L,) mean over real tokens of the largest probability
     token_logprobs: Tensor | None = None  # (B, S) of the label that each position predicts; 0 where there is none
     expert_probabilities: Tensor | None = None  # (L, E) "global" only: their mean probabilities, with gradient
 
@@ -169,6 +171,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             zero = torch.zeros((), device=self.device)
             result.load_balancing_loss = result.aux_loss = result.router_z_loss = zero
             result.expert_counts = torch.zeros(0, self.config.num_experts, dtype=torch.long, device=self.device)
+            result.router_confidence = zero.new_zeros(0)
             return
         batch, sequence, _ = shape
         mask = real_tokens(attention_mask, sequence)
@@ -178,6 +181,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         result.router_z_loss = torch.stack([router_z_loss(r.logits, mask) for r in routings]).mean()
         counts = [expert_counts(r.expert_ids, self.config.num_experts, mask) for r in routings]
         result.expert_counts = torch.stack(counts)
+        result.router_confidence = torch.stack([router_confidence(r.probabilities, mask) for r in routings])
         if self.config.router_aux_loss_type == "global":  # for whoever knows the counts of the other parts of the step
             result.expert_probabilities = torch.stack([mean_probabilities(r.probabilities, mask) for r in routings])
 

@@ -127,6 +127,16 @@ def mean_probabilities(probabilities: Tensor, mask: Tensor | None = None) -> Ten
     return (probabilities * weight[:, None]).sum(0) / weight.sum().clamp(min=1)
 
 
+@torch.no_grad()
+def router_confidence(probabilities: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How sure a router is: the largest of each real token's probabilities (T, E), on average. Returns a scalar."""
+    largest = probabilities.amax(dim=-1)  # (T,)
+    if mask is None:
+        return largest.mean()
+    weight = mask.to(largest.dtype)
+    return (largest * weight).sum() / weight.sum().clamp(min=1)
+
+
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared log-sum-exp of the router logits (T, E): keeps them small. Returns a scalar."""
     squared = logits.float().logsumexp(dim=-1).square()  # (T,)

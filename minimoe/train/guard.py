@@ -19,9 +19,9 @@ from minimoe.config import TrainConfig
 from minimoe.data.loader import Batch
 from minimoe.errors import NonFiniteError, disk_errors
 from minimoe.failpoints import failpoint
+from minimoe.train.files import SKIPPED_FOLDER
 from minimoe.train.metrics import MetricsLogger
 
-SKIPPED_FOLDER = "skipped"  # of the run: batches of the steps that were left out
 SPIKE_DEVIATIONS = 6.0
 SPIKE_WARMUP = 50  # losses seen before any can be a spike
 COLLAPSED_SHARE = 0.01  # of an expert's fair share of tokens

@@ -27,17 +27,26 @@ from minimoe.loading import FINAL
 from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train import checkpoint
 from minimoe.train.checkpoint import TrainerState
+from minimoe.train.facts import write_facts
+from minimoe.train.files import CHECKPOINTS
 from minimoe.train.guard import expert_load, log_collapse, log_problem, poison
-from minimoe.train.memory import keep_freed_memory
+from minimoe.train.memory import keep_freed_memory, peak_memory
 from minimoe.train.metrics import MetricsLogger
 from minimoe.train.objectives import Evaluate, HeldOut, Objective
-from minimoe.train.optim import build_optimizers, lr_at_step, set_lr, update_selection_bias
+from minimoe.train.optim import (
+    build_optimizers,
+    lr_at_step,
+    selection_biases,
+    set_lr,
+    update_selection_bias,
+)
 from minimoe.train.parallel import forward_backward, ranks_may_die, wrap
 from minimoe.train.plan import print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.preflight import check_run
+from minimoe.train.reporter import Reporter
 from minimoe.train.resume import resume as resume_run
-from minimoe.train.run_folder import CHECKPOINTS, claim_folder, run_folder
+from minimoe.train.run_folder import claim_folder, run_folder
 from minimoe.train.saver import BackgroundSaver
 
 
@@ -60,6 +69,7 @@ class Run:
     stop: StopRequest
     logger: MetricsLogger
     saver: BackgroundSaver
+    reporter: Reporter
     logged_tokens: int  # at the last training row, for its tokens per second
     logged_seconds: float
 
@@ -117,12 +127,13 @@ def fit(
     """
     check_run(config, model, tokenizer, accelerator.device.type, accelerator.num_processes)
     with (
+        Reporter(Path(config.output_dir)) as reporter,  # it ends after the status is written, which it shows
         run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process) as status,
         StopRequest(status.aborted) as stop,
     ):
         with accelerator.main_process_first():  # the others find the shards in the cache
             data = open_data()
-        run = _prepare(config, model, tokenizer, data, objective, evaluate, accelerator, stop, resume)
+        run = _prepare(config, model, tokenizer, data, objective, evaluate, accelerator, stop, reporter, resume)
         with ranks_may_die(accelerator), run.saver, run.logger:
             _loop(run)
         return _finish(run)
@@ -137,6 +148,7 @@ def _prepare(
     evaluate: Evaluate,
     accelerator: Accelerator,
     stop: StopRequest,
+    reporter: Reporter,
     resume: bool,
 ) -> Run:
     """Everything up to the first step: the state to start from, the folder, the plan."""
@@ -180,11 +192,15 @@ def _prepare(
         stop=stop,
         logger=logger,
         saver=BackgroundSaver(folder / CHECKPOINTS, model, tokenizer, train.keep_last),
+        reporter=reporter,
         logged_tokens=state.tokens,
         logged_seconds=logger.seconds,
     )
     if accelerator.is_main_process:
+        write_facts(run, folder)
         print_plan(run)
+        if config.logging.report:
+            reporter.begin()
     return run
 
 
@@ -249,11 +265,14 @@ def _step(run: Run) -> None:
     logger.seconds += time.perf_counter() - started  # of training alone
     if run.due(train.log_every):
         row = {"step": state.step, "tokens": state.tokens, "lr": config.optimizer.lr * factor}
-        row |= {name: value.item() for name, value in terms.items()} | facts
-        row |= {"grad_norm": grad_norm, "batch_hash": batch.digest()}
+        row |= {name: value.tolist() for name, value in terms.items()} | facts
+        row |= {"grad_norm": grad_norm, "batch_hash": batch.digest(), "memory_bytes": peak_memory(accelerator.device)}
         row["tokens_per_second"] = (state.tokens - run.logged_tokens) / (logger.seconds - run.logged_seconds)
         row["expert_load"] = [[round(share, 4) for share in layer] for layer in expert_load(expert_counts).tolist()]
+        if biases := selection_biases(run.model):
+            row["selection_bias"] = biases
         logger.log_training(row)
+        run.reporter.refresh()
         run.logged_tokens, run.logged_seconds = state.tokens, logger.seconds
     else:
         logger.advance(state.step)

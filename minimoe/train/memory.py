@@ -1,12 +1,26 @@
-"""How the process handles memory that was freed."""
+"""How much memory the process takes, and what it does with memory that was freed."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
+import torch
+
 # Of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that a GPU's tensors, or on a CPU the process, have taken so far; 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_freed_memory() -> None:

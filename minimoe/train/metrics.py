@@ -2,7 +2,8 @@
 
 A row of `metrics.jsonl` is one JSON object with step and seconds (of training so far, without validation, samples and
 saving). Training rows carry tokens, loss, lm_loss, load_balancing_loss, router_z_loss, lr, grad_norm,
-tokens_per_second, batch_hash and expert_load (per layer, 1 = fair share); evaluation rows val_loss, val_perplexity and
+tokens_per_second, memory_bytes (the most so far), batch_hash, and of each MoE layer router_confidence (the largest
+probability, on average), expert_load (1 = fair share) and with a bias that moves selection_bias; evaluation rows val_loss, val_perplexity and
 val_bits_per_byte. A step that went wrong has a row with event (`non-finite` or `spike`), loss, grad_norm,
 skipped and batch_file; an expert that no token chooses any more one with event `router_collapse` and experts ([layer,
 expert] each).
@@ -31,9 +32,10 @@ from rich.progress import (
 
 from minimoe.config import LoggingConfig
 from minimoe.errors import disk_errors
+from minimoe.train.files import METRICS_FILE, SAMPLES_FILE
 
-METRICS_FILE = "metrics.jsonl"
-CLOCK_FIELDS = frozenset({"tokens_per_second", "seconds"})  # of a row: the only ones that two equal runs differ in
+# Of a row: the only fields that two equal runs differ in.
+CLOCK_FIELDS = frozenset({"tokens_per_second", "seconds", "memory_bytes"})
 _WANDB_SECONDS = 30.0  # to wait for its server at the start
 
 
@@ -65,8 +67,9 @@ class MetricsLogger:
         self._wandb: Any = None
         if not enabled:
             return
-        self._file = folder / METRICS_FILE
+        self._file, self._samples = folder / METRICS_FILE, folder / SAMPLES_FILE
         self.seconds = _drop_rows_after(self._file, start_step)
+        _drop_rows_after(self._samples, start_step)
         self._stream = self._file.open("a", encoding="utf-8")
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -131,8 +134,10 @@ class MetricsLogger:
         self.print(f"step {row['step']:>6}  [bold]validation[/] {'  '.join(found)}")
 
     def log_sample(self, step: int, prompt: str, text: str) -> None:
-        """A generated sample, console and wandb only."""
+        """A generated sample: on the console, in its own file, in wandb."""
         if self.enabled:
+            with disk_errors("samples", self._samples), self._samples.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
             self.print(f"step {step:>6}  [dim]sample[/]")
             self.print(f"[cyan]{escape(prompt)}[/]{escape(text)}")
             self._to_wandb(lambda run: run.log({"sample": prompt + text}, step=step))

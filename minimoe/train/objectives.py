@@ -34,7 +34,7 @@ class Losses(NamedTuple):
     """A micro-batch's share of the step: over micro-batches and ranks, each value adds up to the step's."""
 
     loss: Tensor  # scalar, to differentiate
-    terms: dict[str, Tensor]  # scalars logged beside it, before their coefficients
+    terms: dict[str, Tensor]  # logged beside it, before their coefficients: scalars, or one value for each MoE layer
     expert_counts: Tensor  # (L, E) int64: real tokens per expert of each MoE layer
 
 
@@ -74,4 +74,5 @@ def add_router_terms(
     share = batch.num_tokens() / step.num_tokens.clamp(min=1)
     balance, z_loss = share * balance, share * outputs.router_z_loss
     loss = loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
-    return Losses(loss, terms | {"load_balancing_loss": balance, "router_z_loss": z_loss}, outputs.expert_counts)
+    terms = terms | {"load_balancing_loss": balance, "router_z_loss": z_loss}
+    return Losses(loss, terms | {"router_confidence": share * outputs.router_confidence}, outputs.expert_counts)

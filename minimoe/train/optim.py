@@ -87,6 +87,16 @@ def update_selection_bias(model: nn.Module, expert_counts: Tensor, rate: float) 
             router.update_selection_bias(counts, rate)
 
 
+def selection_biases(model: nn.Module) -> list[list[float]]:
+    """(L, E) of the routers that have a bias; empty where none has."""
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    return [
+        [round(value, 5) for value in router.get_buffer("e_score_correction_bias").tolist()]
+        for router in routers
+        if router.scoring_func == "sigmoid"
+    ]
+
+
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
 

@@ -84,14 +84,14 @@ def forward_backward(
         batch: this rank's part of the step's batch.
 
     Returns:
-        The step's `loss` and its terms, scalars; and its expert counts (L, E); both over all ranks.
+        The step's `loss` and its terms, and its expert counts (L, E); both over all ranks.
     """
     world = accelerator.num_processes
     batch = batch.to(accelerator.device)
     num_items, num_tokens = accelerator.reduce(torch.stack([batch.num_items(), batch.num_tokens()]))
     step = Step(num_items, num_tokens, accelerator.reduce, _CountsSoFar(accelerator))
     micros = list(batch.split(micro_rows))
-    names: list[str] = []
+    values: dict[str, Tensor] = {}
     totals = counts = None
     for index, micro in enumerate(micros):
         last = index == len(micros) - 1
@@ -99,15 +99,16 @@ def forward_backward(
             losses = objective(model, micro, step)
             # Data-parallel training averages gradients over ranks; the loss is already divided by the global count.
             accelerator.backward(losses.loss * world)
-        names = ["loss", *losses.terms]
-        values = torch.stack([losses.loss, *losses.terms.values()]).detach()
-        totals = values if totals is None else totals + values
+        values = {"loss": losses.loss, **losses.terms}
+        flat = torch.cat([value.detach().flatten() for value in values.values()])
+        totals = flat if totals is None else totals + flat
         counts = losses.expert_counts if counts is None else counts + losses.expert_counts
     assert totals is not None
     assert counts is not None
     if world > 1:
         totals, counts = accelerator.reduce(totals), accelerator.reduce(counts)
-    return dict(zip(names, totals, strict=True)), counts
+    parts = totals.split([value.numel() for value in values.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}, counts
 
 
 class _CountsSoFar:

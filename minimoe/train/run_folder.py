@@ -23,14 +23,23 @@ from minimoe.config.file import dump_config
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, MinimoeError, Preempted, UserError
 from minimoe.loading import FINAL
 from minimoe.train.checkpoint import newest_first
-from minimoe.train.guard import SKIPPED_FOLDER
-from minimoe.train.metrics import METRICS_FILE
+from minimoe.train.files import (
+    CHARTS_FOLDER,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    FACTS_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    ROLLOUTS_FILE,
+    SAMPLES_FILE,
+    SKIPPED_FOLDER,
+    STATUS_FILE,
+)
 
-ROLLOUTS_FILE = "rollouts.jsonl"  # of GRPO: every answer
-CONFIG_FILE, STATUS_FILE = "config.yaml", "status.json"
-CHECKPOINTS = "checkpoints"
 _USED_BY = (CHECKPOINTS, FINAL, METRICS_FILE)  # what tells a run's folder
-_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb", ROLLOUTS_FILE)  # the status is the new run's by then
+# The status is the new run's by then.
+_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb", ROLLOUTS_FILE, SAMPLES_FILE)
+_OF_A_RUN = (*_OF_A_RUN, FACTS_FILE, REPORT_FILE, CHARTS_FOLDER)
 _LOCK = ".lock"
 
 

@@ -1,0 +1,65 @@
+"""Keeps `report.html` fresh while a run goes on, in a process of its own that the run neither waits for nor needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+_FIRST_SECONDS, _SECONDS = 30.0, 180.0  # to the first report, and between two: each takes some seconds of one core
+_LAST_SECONDS = 30.0  # that a finished run waits for its last report
+
+
+class Reporter:
+    """Context manager around a run, outside of its status; it does nothing until `begin`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._begun = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._due = time.monotonic() + _FIRST_SECONDS
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._begun:
+            return
+        with suppress(OSError, subprocess.TimeoutExpired):  # the rows are there; `minimoe report` makes it again
+            if self._process is not None:
+                self._process.wait(_LAST_SECONDS)
+            self._start()
+            assert self._process is not None
+            if kind is None:
+                self._process.wait(_LAST_SECONDS)
+
+    def begin(self) -> None:
+        """The run's folder is its own from now on."""
+        self._begun = True
+
+    def refresh(self) -> None:
+        """Start to make the report anew, if the last one is made and some time ago."""
+        if not self._begun or time.monotonic() < self._due:
+            return
+        if self._process is not None and self._process.poll() is None:
+            return
+        with suppress(OSError):
+            self._start()
+
+    def _start(self) -> None:
+        self._due = time.monotonic() + _SECONDS
+        command = [sys.executable, "-m", "minimoe.cli", "report", str(self._folder), "--background"]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for the run
+        )
