@@ -59,6 +59,7 @@ BELOW = {
     }
     | {"tokenizer", "device", "outside"},
     "extras": {"errors"},
+    "inspect": {"config", "data", "errors", "evaluate", "generation", "loading", "model", "tokenizer", "train"},
     "convert": {
         "adapters",
         "loading",
@@ -72,7 +73,7 @@ BELOW = {
         "extras",
     }
     | {"train"},
-    "cli": {"train", "generation", "evaluate", "convert", "data", "config", "errors", "openmp"},
+    "cli": {"inspect", "train", "generation", "evaluate", "convert", "data", "config", "errors", "openmp"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -107,6 +108,7 @@ def test_every_module_says_what_it_is(path):
         "sft",
         "tokenizer",
         "preview",
+        "report",
         "generate",
         "chat",
         "evaluate",

@@ -15,7 +15,7 @@ from minimoe import openmp
 from minimoe.cli.app import app
 from minimoe.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, EXIT_USER, MinimoeError, Preempted
 
-for commands in ("train", "generate", "convert"):  # each adds its own, in the order that --help lists
+for commands in ("train", "inspect", "generate", "convert"):  # each adds its own, in the order that --help lists
     importlib.import_module(f"minimoe.cli.{commands}")
 
 # The disk's and the system's limits, not ours; any other OSError that gets this far is a bug.
