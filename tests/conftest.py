@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from minimoe import failpoints
 from minimoe.bpe import train_bpe
 from minimoe.config import DataConfig, PretrainRun, SftRun
 from minimoe.tokenizer import load_tokenizer
+
+os.environ["MINIMOE_REPORT"] = "off"  # of hundreds of runs; test_report.py has one that keeps it
 
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",

@@ -59,7 +59,18 @@ BELOW = {
     }
     | {"tokenizer", "device", "outside"},
     "extras": {"errors"},
-    "inspect": {"config", "data", "errors", "evaluate", "generation", "loading", "model", "tokenizer", "train"},
+    "inspect": {
+        "config",
+        "data",
+        "device",
+        "errors",
+        "evaluate",
+        "generation",
+        "loading",
+        "model",
+        "tokenizer",
+        "train",
+    },
     "convert": {
         "adapters",
         "loading",
@@ -109,6 +120,7 @@ def test_every_module_says_what_it_is(path):
         "tokenizer",
         "preview",
         "report",
+        "plan",
         "generate",
         "chat",
         "evaluate",
@@ -155,7 +167,9 @@ def test_importing_minimoe_registers_the_architecture_whatever_came_before(first
     assert result.stdout.strip() == "3", result.stderr
 
 
-@pytest.mark.parametrize("module", ["minimoe", "minimoe.data.encode", "minimoe.chat_template", "minimoe.tokenizer"])
+@pytest.mark.parametrize(
+    "module", ["minimoe", "minimoe.data.encode", "minimoe.chat_template", "minimoe.tokenizer", "minimoe.inspect.report"]
+)
 def test_a_module_without_a_model_does_without_torch(module):
     """What the processes that tokenise and render templates import; with a plain tokenizer's class."""
     code = f"import sys, {module}; from transformers import PreTrainedTokenizerFast; assert 'torch' not in sys.modules"

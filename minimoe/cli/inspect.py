@@ -1,4 +1,4 @@
-"""`minimoe report`, and what else looks inside."""
+"""`minimoe report | plan | inspect`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from minimoe.cli.app import app
+from minimoe.cli.app import OVERRIDES, Config, Device, ModelDir, Overrides, app, large_imports
+from minimoe.errors import UserError
 
 
 @app.command(epilog="Example: minimoe report runs/quickstart/pretrain; minimoe report runs/a runs/b --out compare.html")
@@ -20,3 +21,60 @@ def report(
 
     page, *charts = run(folders, out, background=background)
     print(f"{page}" + (f", and {len(charts)} charts in {charts[0].parent}/" if charts else ""))
+
+
+@app.command(
+    context_settings=OVERRIDES, epilog="Example: minimoe plan configs/quickstart/pretrain.yaml model.num_experts=32"
+)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """What a run will cost: parameters, memory, time and disk, from a few of its steps in a temporary folder."""
+    from minimoe.config import TrainingRun
+    from minimoe.config.file import load_config
+
+    with large_imports():
+        loaded = load_config(TrainingRun, config, overrides or ())
+        from minimoe.inspect.plan import run
+
+    run(loaded, json_output=json_output)
+
+
+@app.command(
+    name="inspect",
+    epilog='Example: minimoe inspect runs/quickstart/sft/final --prompt "Where is the kite?" --html experts.html',
+)
+def inspect_command(
+    model_dir: ModelDir,
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="a text whose tokens are shown")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="documents; give several to compare sources")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="whose experts are shown [the first that has some]")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="of the data that are looked at")] = 50_000,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="write a page to point at tokens and experts")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    device: Device = "auto",
+) -> None:
+    """Which experts tokens use, what each expert is for, and how much their choice tells of a token."""
+    if prompt is not None and overrides:
+        raise UserError("values of the config are for --data", fix="leave them out")
+    with large_imports():
+        from minimoe.inspect.routing_page import run
+
+    run(
+        model_dir,
+        prompt=prompt,
+        data=data or (),
+        layer=layer,
+        most_tokens=tokens,
+        html=html,
+        json_output=json_output,
+        device=device,
+        overrides=overrides or (),
+    )

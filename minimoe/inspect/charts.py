@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,8 @@ def curves(
         axes.set_xlabel(UNITS.get(x, x))
         axes.set_ylabel(y)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if y == "B":
+            axes.set_ylim(bottom=0)  # where a curve that is almost flat looks so
         if max(np.nanmax(np.abs(line.y[np.isfinite(line.y)])) for line in lines) >= 1e4 and not log:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if len(lines) > 1 or lines[0].label:
@@ -142,7 +145,7 @@ def heatmaps(
                 dead_expert, dead_bin = np.nonzero(shown < DEAD)
                 every = max(1, len(dead_bin) // 400)
                 centres = (places[:-1] + places[1:]) / 2
-                axes.plot(centres[dead_bin[::every]], dead_expert[::every], "x", color="#c00020", markersize=3)
+                axes.plot(centres[dead_bin[::every]], dead_expert[::every], "x", color="white", markersize=3.5)
             step = -(-experts // 16)
             last = values[-1, layer]
             ticks = list(range(0, experts, step))
@@ -207,8 +210,7 @@ _SINGLE = (
     ("grad_norm", "Gradient norm", "Before it is clipped.", "", True),
     ("tokens_per_second", "Speed", "Tokens a second of training, without validation and saving.", "tokens/s", False),
     ("memory_bytes", "Memory", "The most that was taken so far: by the process, or on a GPU by tensors.", "B", False),
-    ("load_balancing_loss", "Load-balancing loss", "Before its coefficient; the number of experts per token is the "
-     "least.", "", False),
+    ("load_balancing_loss", "Load-balancing loss", "Before its coefficient. Balanced: experts per token.", "", False),
     ("router_z_loss", "Router z-loss", "Before its coefficient: how large the router's logits are.", "", False),
 )  # fmt: skip
 _DRAWN_ALREADY = {name for name, *_ in _SINGLE} | {
@@ -257,7 +259,11 @@ def _expert_charts(run: Record, tokens: np.ndarray, loads: np.ndarray) -> list[C
             y="of the maximum",
         ),
         curves(
-            "dead_experts", "Dead experts", "With under 1 % of a fair share, in each layer.", by_layer(dead), y="experts"
+            "dead_experts",
+            "Dead experts",
+            "With under 1 % of a fair share, in each layer.",
+            by_layer(dead),
+            y="experts",
         ),
     ]
     if (confidence := run.layers.get("router_confidence")) is not None:
@@ -286,7 +292,7 @@ def binned(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of neighbours: (N, ...) -> (B, ...), and the B + 1 edges of the bins on the axis."""
     count = min(len(x), _BINS)
     edges = np.linspace(0, len(x), count + 1).astype(int)
-    means = np.stack([np.nanmean(values[a:b], axis=0) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    means = np.stack([np.nanmean(values[a:b], axis=0) for a, b in pairwise(edges)])
     places = np.append(x[edges[:-1]], x[-1] + (x[-1] - x[0]) / max(len(x) - 1, 1))
     return means, places
 

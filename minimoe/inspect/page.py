@@ -57,10 +57,7 @@ class PageSection:
 
 def drawn(charts: Sequence[Chart]) -> list[Figure]:
     """Charts as a page takes them."""
-    return [
-        Figure(chart.title, chart.text, Markup(as_svg(chart)), chart.figure.get_figwidth() > 8)
-        for chart in charts
-    ]
+    return [Figure(chart.title, chart.text, Markup(as_svg(chart)), chart.figure.get_figwidth() > 8) for chart in charts]
 
 
 def write_page(
@@ -72,16 +69,19 @@ def write_page(
     notes: Sequence[Note] = (),
     tiles: Sequence[tuple[str, str]] = (),
     live: bool = False,
+    template: str = "page.html.j2",
+    **extra: Any,
 ) -> None:
     """Write the page whole or not at all.
 
     Args:
         live: it will be made anew, so the browser loads it again every minute.
+        template: of this folder; what it takes beyond the page's own is in `extra`.
     """
     environment = Environment(
         loader=PackageLoader("minimoe.inspect", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    text = environment.get_template("page.html.j2").render(
+    text = environment.get_template(template).render(
         title=title,
         subtitle=subtitle,
         sections=sections,
@@ -89,6 +89,7 @@ def write_page(
         tiles=tiles,
         live=live,
         version=minimoe.__version__,
+        **extra,
         made=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
     )
     temporary = file.with_name(f".{file.name}")

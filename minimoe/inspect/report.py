@@ -1,4 +1,4 @@
-"""`minimoe report`: a run's folder -> `report.html` and its charts as PNGs; several runs -> one page that compares them.
+"""`minimoe report`: a run's folder -> `report.html` and its charts as PNGs; several runs -> a page that compares them.
 
 Torch is not imported: a report takes seconds, beside a training that it must not disturb.
 """
@@ -76,6 +76,7 @@ def write_report(file: Path, run: Record, charts: Sequence[Chart]) -> None:
     )
 
 
+_NONE = "-"
 _EXPERTS = ("expert_load", "load_entropy", "dead_experts", "router_confidence", "selection_bias")
 
 
@@ -150,7 +151,9 @@ def expert_table(run: Record) -> Table | None:
 
 
 def _event(row: dict[str, Any]) -> str:
-    details = {key: value for key, value in row.items() if key not in ("step", "event", "seconds") and value is not None}
+    details = {
+        key: value for key, value in row.items() if key not in ("step", "event", "seconds") and value is not None
+    }
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in details.items())
 
 
@@ -208,7 +211,9 @@ def comparison_charts(runs: Sequence[Record]) -> list[Chart]:
             text = f"Nats per token over {UNITS[axis]}."
             charts.append(curves(f"{kind}_{axis}", f"{title} over {axis}", text, lines, x=axis, y="nats per token"))
     for name, title in (("tokens_per_second", "Speed"), ("grad_norm", "Gradient norm")):
-        lines = [Line(run.name, run.axis("tokens", run.steps), run.training[name]) for run in runs if name in run.training]
+        lines = [
+            Line(run.name, run.axis("tokens", run.steps), run.training[name]) for run in runs if name in run.training
+        ]
         charts.append(curves(name, title, "Over tokens.", lines, log=name == "grad_norm"))
     return [chart for chart in charts if chart is not None]
 
@@ -219,12 +224,12 @@ def write_comparison(file: Path, runs: Sequence[Record], charts: Sequence[Chart]
     tiles = [dict(_tiles(run)) for run in runs]
     titles = dict.fromkeys(title for found in tiles for title in found)
     results = [Row(["how it ended", *(how_it_ended(run)[1].text for run in runs)])]
-    results += [Row([title, *(found.get(title, "–") for found in tiles)]) for title in titles]
+    results += [Row([title, *(found.get(title, _NONE) for found in tiles)]) for title in titles]
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = []
     for key in keys:
-        cells = [str(config.get(key, "–")) for config in flat]
+        cells = [str(config.get(key, _NONE)) for config in flat]
         rows.append(Row([key, *cells], differs=len(set(cells)) > 1))
     rows.sort(key=lambda row: not row.differs)
     count = sum(row.differs for row in rows)
@@ -245,7 +250,9 @@ def write_comparison(file: Path, runs: Sequence[Record], charts: Sequence[Chart]
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, dict):
         return {prefix: config}
-    return {name: leaf for key, value in config.items() for name, leaf in _flat(value, f"{prefix}.{key}".strip(".")).items()}
+    return {
+        name: leaf for key, value in config.items() for name, leaf in _flat(value, f"{prefix}.{key}".strip(".")).items()
+    }
 
 
 def duration(seconds: float) -> str:
@@ -260,5 +267,5 @@ def duration(seconds: float) -> str:
 def _si(number: float) -> str:
     for limit, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= limit:
-            return f"{number / limit:.3g} {sign}"
-    return f"{number:.3g} "
+            return f"{number / limit:.3g}\N{NO-BREAK SPACE}{sign}"
+    return f"{number:.3g}\N{NO-BREAK SPACE}"

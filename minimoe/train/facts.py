@@ -43,6 +43,7 @@ def write_facts(run: Run, folder: Path) -> None:
         "moe_layers": list(range(architecture["first_k_dense_replace"], architecture["num_hidden_layers"])),
         "flops_per_token": training_flops(architecture, run.config.data.sequence_length),
         "total_steps": run.total_steps,
+        "rows_per_epoch": run.data.train.rows_per_epoch,
         "documents": dict(run.data.counts),
         "references": references(run.data.validation, run.tokenizer, run.config.encoding),
         "environment": environment(run.accelerator.device) | {"processes": run.accelerator.num_processes},

@@ -284,6 +284,7 @@ def _validate(run: Run) -> None:
     if run.data.validation is None:
         return
     state.validation_due = True
+    started = time.perf_counter()
     try:
         with accelerator.autocast():  # of a compiled model the accelerator wraps the outside, and this is the inside
             row, score = run.evaluate(
@@ -292,7 +293,7 @@ def _validate(run: Run) -> None:
     except StopRequested:
         return
     state.validation_due = False
-    run.logger.log_evaluation({"step": state.step, **row})
+    run.logger.log_evaluation({"step": state.step, **row, "evaluation_seconds": time.perf_counter() - started})
     saved = run.due(run.config.train.save_every)
     if saved and (state.best_val_loss is None or score < state.best_val_loss):
         state.best_val_loss, state.best_step = score, state.step

@@ -3,10 +3,10 @@
 A row of `metrics.jsonl` is one JSON object with step and seconds (of training so far, without validation, samples and
 saving). Training rows carry tokens, loss, lm_loss, load_balancing_loss, router_z_loss, lr, grad_norm,
 tokens_per_second, memory_bytes (the most so far), batch_hash, and of each MoE layer router_confidence (the largest
-probability, on average), expert_load (1 = fair share) and with a bias that moves selection_bias; evaluation rows val_loss, val_perplexity and
-val_bits_per_byte. A step that went wrong has a row with event (`non-finite` or `spike`), loss, grad_norm,
-skipped and batch_file; an expert that no token chooses any more one with event `router_collapse` and experts ([layer,
-expert] each).
+probability, on average), expert_load (1 = fair share) and, where a bias selects, selection_bias; evaluation rows
+val_loss, val_perplexity, val_bits_per_byte and evaluation_seconds. A step that went wrong has a row with event
+(`non-finite` or `spike`), loss, grad_norm, skipped and batch_file; an expert that no token chooses any more one with
+event `router_collapse` and experts ([layer, expert] each).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from minimoe.errors import disk_errors
 from minimoe.train.files import METRICS_FILE, SAMPLES_FILE
 
 # Of a row: the only fields that two equal runs differ in.
-CLOCK_FIELDS = frozenset({"tokens_per_second", "seconds", "memory_bytes"})
+CLOCK_FIELDS = frozenset({"tokens_per_second", "seconds", "memory_bytes", "evaluation_seconds"})
 _WANDB_SECONDS = 30.0  # to wait for its server at the start
 
 
@@ -129,7 +129,7 @@ class MetricsLogger:
         found = [
             f"{name.removeprefix('val_').replace('_', ' ')} {value:.{2 if name == 'val_perplexity' else 4}f}"
             for name, value in row.items()
-            if name != "step"
+            if name.startswith("val_")
         ]
         self.print(f"step {row['step']:>6}  [bold]validation[/] {'  '.join(found)}")
 

@@ -34,8 +34,8 @@ from minimoe.errors import disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Completion, Engine
 from minimoe.train.answers import Answer, RolloutBatch, pack_answers, set_advantages, token_weights
-from minimoe.train.rewards import Rewards
 from minimoe.train.files import ROLLOUTS_FILE
+from minimoe.train.rewards import Rewards
 
 
 class Rollouts(Batches):

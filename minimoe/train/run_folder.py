@@ -38,8 +38,8 @@ from minimoe.train.files import (
 
 _USED_BY = (CHECKPOINTS, FINAL, METRICS_FILE)  # what tells a run's folder
 # The status is the new run's by then.
-_OF_A_RUN = (*_USED_BY, CONFIG_FILE, SKIPPED_FOLDER, "wandb", ROLLOUTS_FILE, SAMPLES_FILE)
-_OF_A_RUN = (*_OF_A_RUN, FACTS_FILE, REPORT_FILE, CHARTS_FOLDER)
+_OF_A_RUN: tuple[str, ...] = (*_USED_BY, CONFIG_FILE, FACTS_FILE, SKIPPED_FOLDER, "wandb")
+_OF_A_RUN += (ROLLOUTS_FILE, SAMPLES_FILE, REPORT_FILE, CHARTS_FOLDER)
 _LOCK = ".lock"
 
 
