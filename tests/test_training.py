@@ -62,7 +62,7 @@ def test_a_run_leaves_what_others_rely_on(pretrain_config):
     final = pretrain.run(config)
     folder = Path(config.output_dir)
     visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert visible == {"config.yaml", "status.json", "metrics.jsonl", "checkpoints", "final"}
+    assert visible == set("config.yaml run.json status.json metrics.jsonl samples.jsonl checkpoints final".split())
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"step-00000004", "step-00000006"}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= {
         p.name for p in final.iterdir()

@@ -44,7 +44,7 @@ def plan(
 
 @app.command(
     name="inspect",
-    epilog='Example: minimoe inspect runs/quickstart/sft/final --prompt "Where is the kite?" --html experts.html',
+    epilog='Example: minimoe inspect runs/quickstart/sft/final --chat --prompt "Where is the kite?" --html experts.html',
 )
 def inspect_command(
     model_dir: ModelDir,
@@ -54,6 +54,7 @@ def inspect_command(
         list[str] | None, typer.Option(metavar="FILE", help="documents; give several to compare sources")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="whose experts are shown [the first that has some]")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="wrap the prompt in the chat template")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="of the data that are looked at")] = 50_000,
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="write a page to point at tokens and experts")
@@ -70,6 +71,7 @@ def inspect_command(
     run(
         model_dir,
         prompt=prompt,
+        chat=chat,
         data=data or (),
         layer=layer,
         most_tokens=tokens,

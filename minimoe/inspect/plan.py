@@ -104,6 +104,7 @@ class Rehearsal:
     weight_bytes: int  # as saved in a checkpoint
     moment_bytes: int
     checkpoint_bytes: int
+    final_bytes: int
 
 
 def _rehearse(config: TrainingRun, folder: Path, steps: int) -> Rehearsal:
@@ -140,6 +141,7 @@ def _rehearse(config: TrainingRun, folder: Path, steps: int) -> Rehearsal:
         weight_bytes=weights,
         moment_bytes=sum(size for name, size in sizes.items() if name.startswith("optimizer")),
         checkpoint_bytes=sum(sizes.values()),
+        final_bytes=sum(file.stat().st_size for file in (folder / "final").iterdir()),
     )
 
 
@@ -161,7 +163,10 @@ def _carried_on(config: TrainingRun, seen: Rehearsal, available: int) -> Plan:
         "copy while saving": seen.weight_bytes + seen.moment_bytes,
     }
     held["program, activations, workspace"] = max(seen.peak_bytes - sum(held.values()), 0)
-    checkpoints = min(train.keep_last + 1, math.ceil(steps / train.save_every))
+    checkpoints = min(
+        train.keep_last + 1,  # the best may be an older one
+        math.ceil(steps / train.save_every),
+    )
     plan = Plan(
         stage=config.stage,
         parameters=parameters | {"by_part": parameters_by_part(seen.architecture)},
@@ -181,7 +186,7 @@ def _carried_on(config: TrainingRun, seen: Rehearsal, available: int) -> Plan:
             "evaluation_seconds": evaluations * evaluation,
             "other_seconds": rest,
         },
-        disk_bytes=checkpoints * seen.checkpoint_bytes + seen.weight_bytes,
+        disk_bytes=checkpoints * seen.checkpoint_bytes + seen.final_bytes,
     )
     if not plan.memory["fits"]:
         plan.advice.append(smaller_batch(config, plan))

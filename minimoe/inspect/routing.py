@@ -21,6 +21,7 @@ from minimoe.config import EvaluateRun
 from minimoe.config.file import load_config
 from minimoe.data.loader import open_validation
 from minimoe.errors import UserError
+from minimoe.generation.engine import Engine
 
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # first positions of the classes
 _FREQUENT = 200  # tokens that are a class of their own; the rest are one
@@ -106,16 +107,13 @@ class Specialisation:
         return self.bits - self.shuffled
 
 
-def route_prompt(model: Any, tokenizer: Any, prompt: str) -> Routing:
-    """One text, as it is.
+def route_prompt(model: Any, tokenizer: Any, prompt: str, *, chat: bool = False) -> Routing:
+    """One text as generation sees it: behind the document-start token, or with `chat` as the user's message.
 
     Raises:
         UserError: it has no tokens, or more than the model has positions.
     """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    limit = model.config.max_position_embeddings
-    if not 0 < len(ids) <= limit:
-        raise UserError(f"the prompt has {len(ids)} tokens", fix=f"give 1 to {limit}")
+    ids = Engine(model, tokenizer).encode(prompt, chat=chat)
     return _collect(model, tokenizer, [("prompt", [{"input_ids": torch.tensor([ids])}])], len(ids))
 
 

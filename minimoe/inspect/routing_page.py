@@ -29,6 +29,7 @@ def run(
     *,
     prompt: str | None,
     data: Sequence[str],
+    chat: bool = False,
     layer: int | None = None,
     most_tokens: int = 50_000,
     html: str | None = None,
@@ -45,7 +46,7 @@ def run(
         raise UserError("give one of --prompt and --data", fix='--prompt "Once upon a time", or --data FILE')
     model, tokenizer = load_minimoe(model_dir, device)
     if prompt is not None:
-        routing = route_prompt(model, tokenizer, prompt)
+        routing = route_prompt(model, tokenizer, prompt, chat=chat)
         found: list[Specialisation] = []  # a text is no sample
     else:
         routing = route_files(model, tokenizer, data, most_tokens=most_tokens, overrides=overrides)
