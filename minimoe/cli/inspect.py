@@ -1,8 +1,8 @@
-"""`minimoe report | plan | inspect`."""
+"""`minimoe report | plan | inspect | doctor | experts`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -44,7 +44,7 @@ def plan(
 
 @app.command(
     name="inspect",
-    epilog='Example: minimoe inspect runs/quickstart/sft/final --chat --prompt "Where is the kite?" --html experts.html',
+    epilog='Example: minimoe inspect runs/quickstart/sft/final --chat --prompt "Where is the kite?" --html page.html',
 )
 def inspect_command(
     model_dir: ModelDir,
@@ -79,4 +79,47 @@ def inspect_command(
         json_output=json_output,
         device=device,
         overrides=overrides or (),
+    )
+
+
+@app.command(epilog="Example: minimoe doctor runs/quickstart/pretrain")
+def doctor(
+    folder: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's folder to look at too")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON list")] = False,
+) -> None:
+    """Is this machine, and this run, as it should be: versions, speed, both dispatch paths, checkpoints."""
+    with large_imports():
+        from minimoe.inspect.doctor import run
+
+    raise typer.Exit(run(folder, json_output=json_output))
+
+
+@app.command(
+    epilog="Example: minimoe experts runs/quickstart/sft/final prune --keep 6 --data held_out.txt --out models/six",
+)
+def experts(
+    model_dir: ModelDir,
+    action: Annotated[Literal["ablate", "prune", "merge", "revive"], typer.Argument(help="what is done to experts")],
+    data: Annotated[str, typer.Option(metavar="FILE", help="documents that the change is measured on")],
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="folder of the changed model")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="prune, merge: experts that each layer has then")] = None,
+    layer: Annotated[int | None, typer.Option(help="ablate: of the expert; without, each expert in turn")] = None,
+    expert: Annotated[int | None, typer.Option(help="ablate: its number in the layer")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    device: Device = "auto",
+) -> None:
+    """Take out, put together or revive experts; shows the change of the loss with its interval."""
+    with large_imports():
+        from minimoe.inspect.surgery import run
+
+    run(
+        model_dir,
+        action,
+        data=data,
+        out=out,
+        keep=keep,
+        layer=layer,
+        expert=expert,
+        json_output=json_output,
+        device=device,
     )

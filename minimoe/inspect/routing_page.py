@@ -22,6 +22,7 @@ from minimoe.loading import load_minimoe
 
 _PAGE_TOKENS = 1500  # shown at most
 _TERMINAL_TOKENS = 400
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def run(
@@ -81,7 +82,7 @@ def coloured(routing: Routing, layer: int) -> Text:
             routing.texts[int(routing.tokens[n])],
             f"black on color({colour})" if colour > 100 else f"white on color({colour})",
         )
-        text.append(f"{expert}", "dim")
+        text.append(str(expert).translate(_SUBSCRIPTS), "dim")  # no part of the text, without colours either
     left = len(routing.tokens) - _TERMINAL_TOKENS
     if left > 0:
         text.append(f" … {left:,} more tokens", "dim")
