@@ -53,7 +53,7 @@ class Plan:
     memory: dict[str, Any]  # peak_bytes, available_bytes, by_kind, fits
     time: dict[
         str, float | None
-    ]  # seconds (None: not measured), and of that step_seconds each, evaluation and everything else
+    ]  # seconds (None: not measured), and of that step_seconds each, evaluation, samples and everything else
     disk_bytes: int
     advice: list[str] = field(default_factory=list)
 
@@ -99,7 +99,8 @@ class Rehearsal:
     architecture: dict[str, Any]
     wall_seconds: float
     training_seconds: float
-    step_seconds: float  # the median
+    step_seconds: float
+    sample_seconds: float  # of one round of samples
     peak_bytes: int
     weight_bytes: int  # as saved in a checkpoint
     moment_bytes: int
@@ -111,7 +112,8 @@ def _rehearse(config: TrainingRun, folder: Path, steps: int) -> Rehearsal:
     values = config.model_dump(mode="json")
     values["output_dir"] = str(folder)
     values["train"] |= {"max_steps": steps, "epochs": None, "log_every": 1, "eval_every": steps, "save_every": steps}
-    values["train"]["sample_every"] = None
+    if config.train.sample_every:
+        values["train"]["sample_every"] = steps
     values["logging"] |= {"wandb": "off", "report": False}
     file = folder.with_suffix(".yaml")
     file.write_text(dump_config(type(config).model_validate(values)), encoding="utf-8")
@@ -136,7 +138,8 @@ def _rehearse(config: TrainingRun, folder: Path, steps: int) -> Rehearsal:
         else with_defaults(seen.facts["architecture"]),
         wall_seconds=wall,
         training_seconds=float(seen.training["seconds"][-1]),
-        step_seconds=float(np.mean(np.sort(seconds[_WARM_UP:])[: max(1, round(0.9 * len(seconds[_WARM_UP:])))])),
+        step_seconds=float(np.mean(seconds[_WARM_UP:])),
+        sample_seconds=sum(sample.get("seconds", 0.0) for sample in seen.samples),
         peak_bytes=peak,
         weight_bytes=weights,
         moment_bytes=sum(size for name, size in sizes.items() if name.startswith("optimizer")),
@@ -153,7 +156,10 @@ def _carried_on(config: TrainingRun, seen: Rehearsal, available: int) -> Plan:
     tokens = round(tokens_per_step * steps)
     evaluation = float(np.nansum(seen.run.validation.get("evaluation_seconds", np.zeros(1))))
     evaluations = math.ceil(steps / train.eval_every)
-    rest = seen.wall_seconds - seen.training_seconds - evaluation  # start, data, the last save, the end
+    samples = seen.sample_seconds * math.ceil(steps / (train.sample_every or steps))
+    rest = (
+        seen.wall_seconds - seen.training_seconds - evaluation - seen.sample_seconds
+    )  # start, data, the last save, the end
     parameters, flops = facts["parameters"], flops_by_part(seen.architecture, config.data.sequence_length)
     per_token = TRAINING * sum(flops.values())
     held = {
@@ -181,9 +187,10 @@ def _carried_on(config: TrainingRun, seen: Rehearsal, available: int) -> Plan:
             "fits": seen.peak_bytes <= available,
         },
         time={
-            "seconds": steps * seen.step_seconds + evaluations * evaluation + rest,
+            "seconds": steps * seen.step_seconds + evaluations * evaluation + samples + rest,
             "step_seconds": seen.step_seconds,
             "evaluation_seconds": evaluations * evaluation,
+            "sample_seconds": samples,
             "other_seconds": rest,
         },
         disk_bytes=checkpoints * seen.checkpoint_bytes + seen.final_bytes,

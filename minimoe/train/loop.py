@@ -303,9 +303,11 @@ def _log_samples(run: Run) -> None:
     """Generate from the prompts; training's random state is left alone."""
     train, chat = run.config.train, run.config.chat
     settings = GenerationSection(max_new_tokens=train.sample_tokens, temperature=0.7, seed=run.config.seed, chat=chat)
+    started = time.perf_counter()
     completions = Engine(run.model, run.tokenizer).generate(train.sample_prompts, settings)
+    seconds = (time.perf_counter() - started) / max(len(completions), 1)
     for prompt, completion in zip(train.sample_prompts, completions, strict=True):
-        run.logger.log_sample(run.state.step, prompt + ("\n" if chat else ""), completion.text)
+        run.logger.log_sample(run.state.step, prompt + ("\n" if chat else ""), completion.text, seconds)
     run.model.train()
 
 

@@ -133,11 +133,13 @@ class MetricsLogger:
         ]
         self.print(f"step {row['step']:>6}  [bold]validation[/] {'  '.join(found)}")
 
-    def log_sample(self, step: int, prompt: str, text: str) -> None:
+    def log_sample(self, step: int, prompt: str, text: str, seconds: float) -> None:
         """A generated sample: on the console, in its own file, in wandb."""
         if self.enabled:
             with disk_errors("samples", self._samples), self._samples.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+                stream.write(
+                    json.dumps({"step": step, "prompt": prompt, "text": text, "seconds": round(seconds, 3)}) + "\n"
+                )
             self.print(f"step {step:>6}  [dim]sample[/]")
             self.print(f"[cyan]{escape(prompt)}[/]{escape(text)}")
             self._to_wandb(lambda run: run.log({"sample": prompt + text}, step=step))
