@@ -77,7 +77,7 @@ def test_a_check_that_fails_itself_is_a_finding():
         raise ValueError("no such thing")
         yield
 
-    assert doctor._guarded(check)[0].state == "bad"
+    assert doctor.guarded(check)[0].state == "bad"
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):

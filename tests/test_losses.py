@@ -17,6 +17,7 @@ from minimoe.model.losses import (
     load_balancing_loss,
     mean_probabilities,
     next_token_loss,
+    router_confidence,
     router_z_loss,
 )
 
@@ -137,3 +138,9 @@ def test_an_adapter_or_a_bias_of_the_head_counts_in_the_loss_of_hidden_states(bi
         head.register_forward_hook(lambda module, inputs, output: 2 * output)
     expected = next_token_loss(head(hidden), targets, 6)
     torch.testing.assert_close(hidden_loss(hidden, head, targets, 6), expected)
+
+
+def test_confidence_is_the_mean_of_each_real_tokens_largest_probability():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.0, 0.0, 1.0]])
+    assert router_confidence(probabilities).item() == pytest.approx((0.7 + 0.5 + 1.0) / 3)
+    assert router_confidence(probabilities, torch.tensor([True, True, False])).item() == pytest.approx(0.6)

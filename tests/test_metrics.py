@@ -8,7 +8,7 @@ import pytest
 
 from minimoe.config import LoggingConfig
 from minimoe.errors import StorageError
-from minimoe.train.files import METRICS_FILE
+from minimoe.train.files import METRICS_FILE, SAMPLES_FILE
 from minimoe.train.metrics import MetricsLogger
 
 
@@ -118,3 +118,13 @@ def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch):
     with make(tmp_path) as logger, pytest.raises(StorageError, match="No space left") as caught:
         logger.log_training(row(1))
     assert caught.value.exit_code == 74
+
+
+def test_samples_of_an_interrupted_run_that_will_be_made_again_are_dropped(tmp_path):
+    with make(tmp_path) as logger:
+        for step in (2, 4):
+            logger.log_sample(step, "Once", " more", 0.1)
+    with make(tmp_path, start_step=3) as logger:
+        logger.log_sample(4, "Once", " again", 0.1)
+    found = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
+    assert [(row["step"], row["text"]) for row in found] == [(2, " more"), (4, " again")]

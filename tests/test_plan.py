@@ -10,7 +10,8 @@ from tiny_runs import MODEL, rows, run_command, write_yaml
 from minimoe.inspect.plan import smaller_batch, too_large
 from minimoe.model.config import num_parameters, with_defaults
 from minimoe.model.costs import flops_by_part, parameters_by_part
-from minimoe.train.pretrain import new_model
+from minimoe.tokenizer import load_tokenizer
+from minimoe.train.pretrain import complete_architecture, new_model
 
 
 def test_a_plan_is_what_the_run_then_has(tmp_path, pretrain_config, monkeypatch, capsys):
@@ -83,7 +84,9 @@ def test_flops_are_those_that_torch_counts(tiny_tokenizer):
 
 def test_what_cannot_fit_is_said_without_trying_and_with_the_change_that_fits(pretrain_config):
     config = pretrain_config()
-    values = with_defaults(config.model)
+    tokenizer = load_tokenizer(config.tokenizer)
+    values = with_defaults(complete_architecture(config.model, tokenizer, 32))
+    assert values["vocab_size"] == 64 * -(-len(tokenizer) // 64)  # as the run's model has, not a default
     fits_two = num_parameters(values | {"num_experts": 2}) * 12
     plan = too_large(config, fits_two)
     assert plan is not None

@@ -17,6 +17,7 @@ from minimoe.errors import UserError
 from minimoe.inspect import report
 from minimoe.inspect.charts import run_charts, thinned
 from minimoe.inspect.record import MOST_ROWS, read_run
+from minimoe.train.reporter import Reporter
 
 
 def make_run(folder: Path, steps: int = 30, layers: int = 2, experts: int = 4, **status: object) -> Path:
@@ -187,3 +188,14 @@ def test_training_keeps_a_report(tmp_path, pretrain_config, monkeypatch):
     assert facts["references"]["unigram_loss"] > 0
     assert run_command(monkeypatch, "pretrain", str(config), "logging.report=false", "--overwrite") == 0
     assert not (folder / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_made_is_said_and_a_run_that_fails_waits_for_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMOE_REPORT", "on")
+    with Reporter(tmp_path / "no-run") as reporter:
+        reporter.begin()
+    assert "no report.html" in capsys.readouterr().err
+    reporter = Reporter(tmp_path / "no-run")
+    reporter.begin()
+    reporter.__exit__(ValueError, ValueError("its own"), None)  # what is to be said is the error
+    assert capsys.readouterr().err == ""

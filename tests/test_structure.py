@@ -59,7 +59,19 @@ BELOW = {
     }
     | {"tokenizer", "device", "outside"},
     "extras": {"errors"},
-    "inspect": {"config", "data", "device", "errors", "generation", "loading", "model", "ops", "train"},
+    "inspect": {
+        "config",
+        "data",
+        "device",
+        "errors",
+        "evaluate",
+        "generation",
+        "loading",
+        "model",
+        "ops",
+        "tokenizer",
+        "train",
+    },
     "convert": {
         "adapters",
         "loading",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
 import typer
@@ -14,12 +15,16 @@ from minimoe.errors import UserError
 def report(
     folders: Annotated[list[str], typer.Argument(metavar="RUN…", help="folders of runs; several are compared")],
     out: Annotated[str | None, typer.Option(metavar="FILE", help="the page [RUN/report.html; ./report.html]")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object: the files written")] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
     """Write a page about a run, or one that compares several: curves, experts, samples, config."""
     from minimoe.inspect.report import run
 
     page, *charts = run(folders, out, background=background)
+    if json_output:
+        print(json.dumps({"page": str(page), "charts": [str(chart) for chart in charts]}))
+        return
     print(f"{page}" + (f", and {len(charts)} charts in {charts[0].parent}/" if charts else ""))
 
 

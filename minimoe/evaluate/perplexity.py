@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minimoe.config import EvaluateRun
+from minimoe.config import DataConfig, Encoding, EvaluateRun
 from minimoe.config.file import load_config
 from minimoe.data.formats import left_aside
 from minimoe.data.loader import Validation, open_validation
@@ -110,22 +110,38 @@ def evaluate_source(
         overrides: how documents are read, such as data.on_bad_rows=skip.
         note: told what is there and not read.
     """
-    words = [f"data.train={json.dumps(path, ensure_ascii=False)}", *overrides]
     if sequence_length is not None:
-        words.append(f"data.sequence_length={sequence_length}")
-    data = load_config(EvaluateRun, None, words).data
+        overrides = [*overrides, f"data.sequence_length={sequence_length}"]
+    data = documents_of(path, overrides)
     model, tokenizer = load_minimoe(model_dir, device)
+    validation = open_documents(data, model, tokenizer, "sft" if answers_only else "pretrain", where=model_dir)
+    for name, value in left_aside(data.train, validation.ignored).items():
+        note(f"{name}: {value}")
+    return evaluate_model(model, validation, batch_size)
+
+
+def documents_of(path: str, overrides: Sequence[str] = ()) -> DataConfig:
+    """How the documents of a file, folder or glob are read."""
+    words = [f"data.train={json.dumps(path, ensure_ascii=False)}", *overrides]
+    return load_config(EvaluateRun, None, words).data
+
+
+def open_documents(
+    data: DataConfig, model: Any, tokenizer: Any, encoding: Encoding = "pretrain", where: str = ""
+) -> Validation:
+    """Documents to put through a model, in rows of its context, or 1024 tokens of it, where no length is given.
+
+    Raises:
+        UserError: rows longer than its positions.
+    """
     limit = model.config.max_position_embeddings
     if "sequence_length" not in data.model_fields_set:
         data = data.model_copy(update={"sequence_length": min(limit, 1024)})
     if data.sequence_length > limit:
         raise UserError(
-            f"--sequence-length {data.sequence_length} is more than the model's {limit} positions", where=model_dir
+            f"--sequence-length {data.sequence_length} is more than the model's {limit} positions", where=where
         )
-    validation = open_validation(data.train, data, tokenizer, "sft" if answers_only else "pretrain")
-    for name, value in left_aside(data.train, validation.ignored).items():
-        note(f"{name}: {value}")
-    return evaluate_model(model, validation, batch_size)
+    return open_validation(data.train, data, tokenizer, encoding)
 
 
 def run(model_dir: str, path: str, *, json_output: bool = False, **options: Any) -> None:

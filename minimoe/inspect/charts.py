@@ -234,8 +234,6 @@ def _stage_charts(run: Record, line: Any, held_out: Any) -> list[Chart | None]:
 def _expert_charts(run: Record, tokens: np.ndarray, loads: np.ndarray) -> list[Chart | None]:
     """Of the MoE layers: loads, their entropy, dead experts, selection bias, confidence."""
     layers = run.facts.get("moe_layers") or list(range(loads.shape[1]))
-    shares = loads / np.maximum(loads.sum(-1, keepdims=True), 1e-9)
-    entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum(-1) / np.log(max(loads.shape[2], 2))  # (N, L)
     dead = (loads < DEAD).sum(-1).astype(np.float64)
 
     def by_layer(values: np.ndarray) -> list[Line]:
@@ -255,7 +253,7 @@ def _expert_charts(run: Record, tokens: np.ndarray, loads: np.ndarray) -> list[C
             "load_entropy",
             "Balance of the experts",
             "Entropy of the loads of a layer, 1 when all are equal.",
-            by_layer(entropy),
+            by_layer(load_entropy(loads)),
             y="of the maximum",
         ),
         curves(
@@ -275,6 +273,12 @@ def _expert_charts(run: Record, tokens: np.ndarray, loads: np.ndarray) -> list[C
         text = "What is added to each expert's score when experts are chosen; beside it the last value."
         found.append(heatmaps("selection_bias", "Selection bias", text, tokens, bias, layers, shares=False))
     return found
+
+
+def load_entropy(loads: np.ndarray) -> np.ndarray:
+    """(..., E) loads -> (...): the entropy of their shares, 1 when all are equal."""
+    shares = loads / np.maximum(loads.sum(-1, keepdims=True), 1e-9)
+    return -(shares * np.log(np.maximum(shares, 1e-12))).sum(-1) / np.log(max(loads.shape[-1], 2))
 
 
 def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

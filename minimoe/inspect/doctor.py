@@ -61,7 +61,7 @@ def run(folder: str | None = None, *, json_output: bool = False) -> int:
     console = Console()
     for check in checks:
         with console.status("looking") if console.is_terminal and not json_output else open(os.devnull):
-            findings += _guarded(check)
+            findings += guarded(check)
     if json_output:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -69,7 +69,7 @@ def run(folder: str | None = None, *, json_output: bool = False) -> int:
     return EXIT_USER if any(finding.state == "bad" for finding in findings) else 0
 
 
-def _guarded(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def guarded(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     """A check that fails itself is a finding too."""
     try:
         return list(check())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,18 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from minimoe.config import TrainingRun
 from minimoe.config.file import dump_config
+from minimoe.device import pick_device
 from minimoe.errors import MinimoeError
 from minimoe.inspect.record import Record, read_run
-from minimoe.inspect.report import duration
 from minimoe.model.config import num_parameters, with_defaults
 from minimoe.model.costs import TRAINING, flops_by_part, parameters_by_part
+from minimoe.tokenizer import load_tokenizer
 from minimoe.train.files import CHECKPOINTS
+from minimoe.train.memory import process_peak
+from minimoe.train.metrics import duration
+from minimoe.train.pretrain import complete_architecture
 
 _FIRST_STEPS = 8  # of the first rehearsal
 _WARM_UP = 2  # steps that are not timed
@@ -47,13 +51,12 @@ class Plan:
     stage: str
     parameters: dict[str, Any]  # total, active, trained, and by_part
     flops: dict[str, Any]  # per_token of training, total, and by_part of a token's forward pass
-    steps: int
-    tokens: int
-    tokens_per_parameter: float
+    steps: int | None  # None: not known before the data is read
+    tokens: int | None
+    tokens_per_parameter: float | None
     memory: dict[str, Any]  # peak_bytes, available_bytes, by_kind, fits
-    time: dict[
-        str, float | None
-    ]  # seconds (None: not measured), and of that step_seconds each, evaluation, samples and everything else
+    # seconds (None: not measured), and of that evaluation_, sample_ and other_seconds; step_seconds is one step's
+    time: dict[str, float | None]
     disk_bytes: int
     advice: list[str] = field(default_factory=list)
 
@@ -130,7 +133,7 @@ def _rehearse(config: TrainingRun, folder: Path, steps: int) -> Rehearsal:
     sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
     weights = sum(size for name, size in sizes.items() if name.startswith(("model", "adapter_model")))
     on_gpu = "memory_bytes" in seen.training and seen.facts["environment"]["device"] not in ("cpu", "mps")
-    peak = int(seen.training["memory_bytes"][-1]) if on_gpu else children_peak()
+    peak = int(seen.training["memory_bytes"][-1]) if on_gpu else process_peak(children=True)
     return Rehearsal(
         run=seen,
         architecture=with_defaults(json.loads((folder / "final" / "config.json").read_text(encoding="utf-8")))
@@ -157,9 +160,8 @@ def _carried_on(config: TrainingRun, seen: Rehearsal, available: int) -> Plan:
     evaluation = float(np.nansum(seen.run.validation.get("evaluation_seconds", np.zeros(1))))
     evaluations = math.ceil(steps / train.eval_every)
     samples = seen.sample_seconds * math.ceil(steps / (train.sample_every or steps))
-    rest = (
-        seen.wall_seconds - seen.training_seconds - evaluation - seen.sample_seconds
-    )  # start, data, the last save, the end
+    # start, data, the last save, the end
+    rest = seen.wall_seconds - seen.training_seconds - evaluation - seen.sample_seconds
     parameters, flops = facts["parameters"], flops_by_part(seen.architecture, config.data.sequence_length)
     per_token = TRAINING * sum(flops.values())
     held = {
@@ -169,10 +171,7 @@ def _carried_on(config: TrainingRun, seen: Rehearsal, available: int) -> Plan:
         "copy while saving": seen.weight_bytes + seen.moment_bytes,
     }
     held["program, activations, workspace"] = max(seen.peak_bytes - sum(held.values()), 0)
-    checkpoints = min(
-        train.keep_last + 1,  # the best may be an older one
-        math.ceil(steps / train.save_every),
-    )
+    checkpoints = min(train.keep_last + 1, math.ceil(steps / train.save_every))  # the best may be an older one
     plan = Plan(
         stage=config.stage,
         parameters=parameters | {"by_part": parameters_by_part(seen.architecture)},
@@ -205,7 +204,8 @@ def too_large(config: TrainingRun, available: int) -> Plan | None:
     values = getattr(config, "model", None)
     if values is None:
         return None
-    architecture = with_defaults(values)
+    tokenizer = load_tokenizer(config.tokenizer_source)
+    architecture = with_defaults(complete_architecture(values, tokenizer, config.data.sequence_length))
 
     def needed(architecture: dict[str, Any]) -> int:
         count = num_parameters(architecture)
@@ -225,13 +225,15 @@ def too_large(config: TrainingRun, available: int) -> Plan | None:
     total, active = (num_parameters(architecture, active=choice) for choice in (False, True))
     flops = flops_by_part(architecture, config.data.sequence_length)
     per_token = TRAINING * sum(flops.values())
+    steps = config.train.max_steps
+    tokens = None if steps is None else steps * config.train.batch_size * config.data.sequence_length
     return Plan(
         stage=config.stage,
         parameters={"total": total, "active": active, "trained": total, "by_part": parameters_by_part(architecture)},
-        flops={"per_token": per_token, "total": 0, "by_part": flops},
-        steps=config.train.max_steps or 0,
-        tokens=(config.train.max_steps or 0) * config.train.batch_size * config.data.sequence_length,
-        tokens_per_parameter=0.0,
+        flops={"per_token": per_token, "total": None if tokens is None else per_token * tokens, "by_part": flops},
+        steps=steps,
+        tokens=tokens,
+        tokens_per_parameter=None if tokens is None else tokens / total,
         memory={"peak_bytes": needed(architecture), "available_bytes": available, "by_kind": {}, "fits": False},
         time={"seconds": None},
         disk_bytes=0,
@@ -253,20 +255,10 @@ def smaller_batch(config: TrainingRun, plan: Plan) -> str:
 
 def physical_memory(config: TrainingRun) -> int:
     """Bytes of the device that the run would use."""
-    from minimoe.device import pick_device
-
     device = pick_device(config.train.device, where="train.device")
     if device.type == "cuda":
-        import torch
-
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def children_peak() -> int:
-    """Bytes that the largest of the processes that were started and have ended has taken at most."""
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _gb(count: float) -> str:
@@ -282,12 +274,12 @@ def _print(plan: Plan, config: TrainingRun) -> None:
     rows = {
         "parameters": f"{plan.parameters['total']:,} total, {plan.parameters['active']:,} active per token",
         "": ", ".join(f"{name} {count:,}" for name, count in parts.items()),
-        "length": f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.tokens_per_parameter:.1f} per parameter",
-        "operations": f"{plan.flops['per_token']:.3g} FLOPs a token, {plan.flops['total']:.3g} in all; {shares}",
+        "length": _length(plan),
+        "operations": f"{plan.flops['per_token']:.3g} FLOPs a token; {shares}",
         "memory": f"{_gb(plan.memory['peak_bytes'])} of {_gb(plan.memory['available_bytes'])}",
         " ": kinds,
         "time": _time(plan),
-        "disk": f"{_gb(plan.disk_bytes)} in {config.output_dir}",
+        "disk": f"at most {_gb(plan.disk_bytes)} in {config.output_dir}" if plan.disk_bytes else "",
     }
     rows |= {f"advice{' ' * number}": text for number, text in enumerate(plan.advice)}
     for name, value in rows.items():
@@ -300,11 +292,17 @@ def _print(plan: Plan, config: TrainingRun) -> None:
     console.print(table)
 
 
+def _length(plan: Plan) -> str:
+    if plan.steps is None:
+        return "known when the data is read"
+    found = f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.tokens_per_parameter:.1f} per parameter"
+    return f"{found}, {plan.flops['total']:.3g} FLOPs"
+
+
 def _time(plan: Plan) -> str:
     seconds = plan.time["seconds"]
     if seconds is None:
         return "not measured"
-    each, validation, rest = (plan.time[f"{name}_seconds"] or 0.0 for name in ("step", "evaluation", "other"))
-    return (
-        f"{duration(seconds)}: {each:.3g} s a step, validation {duration(validation)}, start and end {duration(rest)}"
-    )
+    names = {"validation": "evaluation", "samples": "sample", "start and end": "other"}
+    parts = [f"{name} {duration(plan.time[f'{key}_seconds'] or 0.0)}" for name, key in names.items()]
+    return f"{duration(seconds)}: {plan.time['step_seconds']:.3g} s a step, {', '.join(parts)}"

@@ -6,6 +6,7 @@ Torch is not imported: a report takes seconds, beside a training that it must no
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import numpy as np
 import yaml
 
 from minimoe.errors import UserError
-from minimoe.inspect.charts import DEAD, UNITS, Chart, Line, curves, run_charts, save_png
+from minimoe.inspect.charts import DEAD, UNITS, Chart, Line, curves, load_entropy, run_charts, save_png
 from minimoe.inspect.page import Note, PageSection, Row, Table, drawn, write_page
 from minimoe.inspect.record import Record, read_run
 from minimoe.train.files import CHARTS_FOLDER, REPORT_FILE
+from minimoe.train.metrics import duration
 
 _SHOWN_EVENTS, _SHOWN_SAMPLES = 40, 12
 
@@ -38,7 +40,8 @@ def run(folders: Sequence[str], out: str | None = None, *, background: bool = Fa
         write_comparison(file, runs, charts)
         charts_folder = file.with_name(f"{file.stem}-{CHARTS_FOLDER}")
     else:
-        file, charts_folder = Path(out) if out else runs[0].folder / REPORT_FILE, runs[0].folder / CHARTS_FOLDER
+        file = Path(out) if out else runs[0].folder / REPORT_FILE
+        charts_folder = file.with_name(f"{file.stem}-{CHARTS_FOLDER}" if out else CHARTS_FOLDER)
         charts = run_charts(runs[0])
         write_report(file, runs[0], charts)
     if background:
@@ -70,13 +73,14 @@ def write_report(file: Path, run: Record, charts: Sequence[Chart]) -> None:
         title=f"{run.name}: {stage}",
         subtitle=f"{run.folder} · {run.status.get('started', 'start unknown')}",
         sections=sections,
-        notes=[note],
+        notes=[note, *([_LIVE] if state == "running" else [])],
         tiles=_tiles(run),
         live=state == "running",
     )
 
 
 _NONE = "-"
+_LIVE = Note("good", "This page loads itself again every minute.")
 _EXPERTS = ("expert_load", "load_entropy", "dead_experts", "router_confidence", "selection_bias")
 
 
@@ -88,7 +92,7 @@ def how_it_ended(run: Record) -> tuple[str, Note]:
     if state == "finished":
         return state, Note("good", f"Finished: {place}.")
     if state == "running" and _alive(run.status):
-        return state, Note("warn", f"Running: {place}. This page loads itself again every minute.")
+        return state, Note("warn", f"Running: {place}.")
     if state == "running":
         return "killed", Note("bad", f"Killed at about {place}: the process is gone. --resume goes on.")
     message = run.status.get("message", "")
@@ -97,7 +101,7 @@ def how_it_ended(run: Record) -> tuple[str, Note]:
 
 
 def _alive(status: dict[str, Any]) -> bool:
-    if status.get("host") != os.uname().nodename:
+    if status.get("host") != socket.gethostname():
         return True  # nothing is known of another machine's processes
     try:
         os.kill(int(status["pid"]), 0)
@@ -142,11 +146,9 @@ def expert_table(run: Record) -> Table | None:
     layers = run.facts.get("moe_layers") or list(range(len(last)))
     rows = []
     for layer, row in zip(layers, last, strict=False):
-        shares = row / max(row.sum(), 1e-9)
-        entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum() / np.log(max(len(row), 2))
         dead = ", ".join(map(str, np.flatnonzero(row < DEAD))) or "none"
         ends = [f"{row[expert]:.2f} (expert {expert})" for expert in (int(row.argmin()), int(row.argmax()))]
-        rows.append(Row([str(layer), *ends, f"{entropy:.3f}", dead]))
+        rows.append(Row([str(layer), *ends, f"{float(load_entropy(row)):.3f}", dead]))
     return Table(("layer", "least load", "largest load", "entropy", "dead experts"), rows)
 
 
@@ -253,15 +255,6 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return {
         name: leaf for key, value in config.items() for name, leaf in _flat(value, f"{prefix}.{key}".strip(".")).items()
     }
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3 min 20 s, 5 h 02 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _si(number: float) -> str:

@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimoe.config import EvaluateRun
-from minimoe.config.file import load_config
-from minimoe.data.loader import open_validation
 from minimoe.errors import UserError
+from minimoe.evaluate.perplexity import documents_of, open_documents
 from minimoe.generation.engine import Engine
 
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # first positions of the classes
@@ -127,19 +125,10 @@ def route_files(
     """
     sources = []
     for path in paths:
-        words = ["data.train=" + _quoted(path), *overrides]
-        data = load_config(EvaluateRun, None, words).data
-        if "sequence_length" not in data.model_fields_set:
-            length = min(model.config.max_position_embeddings, 512)
-            data = data.model_copy(update={"sequence_length": length})
-        validation = open_validation(data.train, data, tokenizer, "pretrain")
+        validation = open_documents(documents_of(path, overrides), model, tokenizer)
         batches = (batch.to(model.device).model_inputs() for batch in validation.batches(_BATCH))
         sources.append((path, batches))
     return _collect(model, tokenizer, sources, most_tokens)
-
-
-def _quoted(path: str) -> str:
-    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 @torch.no_grad()

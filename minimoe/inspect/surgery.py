@@ -25,14 +25,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from minimoe.config import EvaluateRun
-from minimoe.config.file import load_config
-from minimoe.data.loader import Validation, open_validation
+from minimoe.data.loader import Validation
 from minimoe.errors import UserError
+from minimoe.evaluate.perplexity import documents_of, open_documents
 from minimoe.loading import load_minimoe
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
+from minimoe.model.losses import IGNORE_INDEX
 from minimoe.train.checkpoint import save_weights, written_whole
+from minimoe.train.guard import expert_load
 
 _BATCH = 8
 _RESAMPLES = 1000
@@ -56,7 +57,7 @@ class Measured:
     @property
     def load(self) -> np.ndarray:
         """(L, E), 1 = a fair share."""
-        return self.counts / np.maximum(self.counts.mean(1, keepdims=True), 1e-9)
+        return expert_load(torch.from_numpy(self.counts)).numpy()
 
 
 @dataclass
@@ -79,7 +80,7 @@ def measure(model: MiniMoeForCausalLM, validation: Validation) -> Measured:
         inputs = batch.to(model.device).model_inputs()
         outputs = model(**inputs, skip_logits=True, use_cache=False, logprob_temperature=1.0)
         nats.append(-outputs.token_logprobs.sum(1).double().cpu())
-        tokens.append((inputs["labels"][:, 1:] != -100).sum(1).cpu())
+        tokens.append((inputs["labels"][:, 1:] != IGNORE_INDEX).sum(1).cpu())
         counts = outputs.expert_counts if counts is None else counts + outputs.expert_counts
     assert counts is not None
     return Measured(torch.cat(nats).numpy(), torch.cat(tokens).numpy(), counts.cpu().numpy())
@@ -215,10 +216,7 @@ def run(
     model, tokenizer = load_minimoe(model_dir, device)
     if not moe_layers(model):
         raise UserError("the model has no experts: all of its layers are dense", where=model_dir)
-    words = [f"data.train={json.dumps(data, ensure_ascii=False)}"]
-    values = load_config(EvaluateRun, None, words).data
-    values = values.model_copy(update={"sequence_length": min(model.config.max_position_embeddings, 512)})
-    validation = open_validation(values.train, values, tokenizer, "pretrain")
+    validation = open_documents(documents_of(data), model, tokenizer)
     before = measure(model, validation)
     changes: list[Change] = []
     changed: MiniMoeForCausalLM | None = None

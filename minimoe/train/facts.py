@@ -98,7 +98,7 @@ def references(validation: Any, tokenizer: Any, encoding: str) -> dict[str, floa
     documents, size = validation.packing.documents, 0
     pieces: list[np.ndarray] = []
     for index in range(len(documents)):
-        pieces.append(documents.read(index, 0, int(documents.lengths[index]))[0])
+        pieces.append(documents.read(index, 0, min(int(documents.lengths[index]), _COMPRESSED_BYTES))[0])
         size += int(documents.num_bytes[index])
         if size >= _COMPRESSED_BYTES:
             break

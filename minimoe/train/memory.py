@@ -13,13 +13,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that a GPU's tensors, or on a CPU the process, have taken so far; 0 where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak()
+
+
+def process_peak(*, children: bool = False) -> int:
+    """Bytes that the process has taken at most, or the largest of its children that have ended; 0: not known."""
     try:
         import resource
     except ImportError:
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 

@@ -20,6 +20,7 @@ from minimoe.device import has_bf16
 from minimoe.model.config import num_parameters
 from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train import checkpoint
+from minimoe.train.metrics import duration
 from minimoe.train.objectives import Step
 from minimoe.train.optim import Muon, newton_schulz
 
@@ -59,7 +60,7 @@ def print_plan(run: Run) -> None:
         "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} threads each",
         "operators": ops.describe(accelerator.device),
-        "estimated time": _duration(seconds) + ", from one timed micro-batch" if timed else "see the progress bar",
+        "estimated time": duration(seconds) + ", from one timed micro-batch" if timed else "see the progress bar",
         "output": config.output_dir,
     }
     if has_adapter(run.model):
@@ -126,9 +127,3 @@ def _schedule(schedule: ScheduleConfig, total_steps: int) -> str:
     warmup, asked = schedule.warmup(total_steps), schedule.warmup_steps
     shortened = f", as the {asked:,} asked for are more than the run has" if warmup < asked else ""
     return f"{schedule.name} after {warmup:,} warm-up steps{shortened}" if asked else schedule.name
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"

@@ -83,14 +83,7 @@ def new_model(
     Raises:
         UserError: vocabulary too small for the tokenizer.
     """
-    architecture = {
-        # A multiple of 64 keeps the output projection on the fast path of every matrix library.
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "max_position_embeddings": sequence_length,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    } | values
+    architecture = complete_architecture(values, tokenizer, sequence_length)
     check_vocab_size(architecture["vocab_size"], tokenizer, tokenizer_source)
     model = MiniMoeForCausalLM(MiniMoeConfig(**architecture))
     # Either ends a text: the end of a document, or the end of a chat turn.
@@ -99,3 +92,15 @@ def new_model(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
     )
     return model
+
+
+def complete_architecture(values: dict[str, Any], tokenizer: Any, sequence_length: int) -> dict[str, Any]:
+    """An architecture with what follows from tokenizer and data where it is not given."""
+    return {
+        # A multiple of 64 keeps the output projection on the fast path of every matrix library.
+        "vocab_size": -(-len(tokenizer) // 64) * 64,
+        "max_position_embeddings": sequence_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    } | values

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from minimoe.train.files import REPORT_FILE
+
 _FIRST_SECONDS, _SECONDS = 30.0, 180.0  # to the first report, and between two: each takes some seconds of one core
 _LAST_SECONDS = 30.0  # that a finished run waits for its last report
 
@@ -33,11 +35,12 @@ class Reporter:
             return
         with suppress(OSError, subprocess.TimeoutExpired):  # the rows are there; `minimoe report` makes it again
             if self._process is not None:
+                self._process.terminate()  # what it makes is out of date
                 self._process.wait(_LAST_SECONDS)
             self._start()
             assert self._process is not None
-            if kind is None:
-                self._process.wait(_LAST_SECONDS)
+            if kind is None and self._process.wait(_LAST_SECONDS):
+                print(f"note: no {REPORT_FILE}; `minimoe report {self._folder}` says why", file=sys.stderr)
 
     def begin(self) -> None:
         """The run's folder is its own from now on."""

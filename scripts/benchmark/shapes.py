@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from minimoe.model.config import with_defaults
+from minimoe.model.costs import training_flops
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -28,9 +31,11 @@ class Shape:
         return self.layers * (attention + feed_forward) + self.vocabulary * self.hidden
 
     def step_flops(self) -> float:
-        """Floating-point operations of forward and backward: 6 per token and parameter, and causal attention."""
-        attention = 6 * self.layers * self.heads * self.head_dim * self.sequence  # two matmuls, half of each is masked
-        return self.batch * self.sequence * (6 * self.active_matrix_parameters() + attention)
+        """Floating-point operations of forward and backward."""
+        values = {"vocab_size": self.vocabulary, "hidden_size": self.hidden, "num_hidden_layers": self.layers}
+        values |= {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim}
+        values |= {"num_experts": self.experts, "num_experts_per_tok": self.k, "moe_intermediate_size": self.width}
+        return self.batch * self.sequence * training_flops(with_defaults(values), self.sequence)
 
 
 SHAPES = {
