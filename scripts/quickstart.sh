@@ -47,6 +47,7 @@ cat <<END
 The whole took $SECONDS s. What there is now:
   $RUN/pretrain/final   the pretrained model       $RUN/pretrain/metrics.jsonl  its curve
   $RUN/sft/final        the model that follows     $RUN/score.json              every answer, with its mark
+  $RUN/{pretrain,sft}/report.html   open it in a browser: curves, what each expert did, samples
 What to try next:
   . .venv/bin/activate
   minimoe chat $RUN/sft/final
