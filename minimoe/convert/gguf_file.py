@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from minimoe.bpe import SPLIT_REGEX
 from minimoe.chat_template import render
 from minimoe.convert.export import new_folder, open_ours, set_dtype
-from minimoe.convert.layouts import LAYOUTS, stock_values
+from minimoe.convert.layouts import LAYOUTS, no_research_router, stock_values
 from minimoe.convert.receipt import (
     MESSAGES,
     NEW_TOKENS,
@@ -63,6 +63,8 @@ def architecture(config: MiniMoeConfig) -> str:
         if not config.use_qk_norm:
             raise UserError("--to gguf writes no dense model without QK-norm", fix="--to llama")
         return "qwen3"
+    if problems := no_research_router(config):
+        raise UserError(f"--to gguf has no {', no '.join(problems)}", fix="no program but minimoe knows this router")
     plain = config.scoring_func == "softmax" and config.norm_topk_prob and config.routed_scaling_factor == 1
     bare = not config.n_shared_experts and not config.first_k_dense_replace and config.use_qk_norm
     return "qwen3moe" if plain and bare else "glm4moe"

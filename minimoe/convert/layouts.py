@@ -93,13 +93,19 @@ def _not_qwen3_moe(config: MiniMoeConfig) -> list[str]:
     problems = _no(config, "use_qk_norm", True)
     if not config.num_moe_layers:
         return [*problems, "model without experts"]
-    return problems + _no(config, "scoring_func", "softmax") + _no(config, "n_shared_experts", 0) + _no_scaling(config)
+    problems += _no(config, "scoring_func", "softmax") + _no(config, "n_shared_experts", 0)
+    return problems + _no_scaling(config) + no_research_router(config)
 
 
 def _from_qwen3_moe(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in [*_MOE, "num_experts", "router_aux_loss_coef"]} | {
         "first_k_dense_replace": len(config.mlp_only_layers),
     }
+
+
+def no_research_router(config: MiniMoeConfig) -> list[str]:
+    """What other programs cannot express of the routers that papers compare."""
+    return _no(config, "router_type", "top_k") + _no(config, "num_zero_computation_experts", 0)
 
 
 def _foreign_qwen3_moe(config: PreTrainedConfig) -> list[str]:
@@ -127,7 +133,7 @@ def _not_glm4_moe(config: MiniMoeConfig) -> list[str]:
     if not config.num_moe_layers:
         return ["model without experts"]
     few = [] if config.num_experts > 1 else ["num_experts: 1"]
-    return _no(config, "scoring_func", "sigmoid") + few
+    return _no(config, "scoring_func", "sigmoid") + few + no_research_router(config)
 
 
 def _from_glm4_moe(config: PreTrainedConfig) -> dict[str, Any]:

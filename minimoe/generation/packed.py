@@ -75,6 +75,8 @@ def why_not_packed(model: Any) -> str | None:
         return f"the model is on {model.device.type}, not on a CPU"
     if not torch.backends.mkldnn.is_available():
         return "this torch has no oneDNN"
+    if model.config.num_zero_computation_experts:
+        return "it has zero-computation experts"
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
         return f"its weights are {' and '.join(sorted(map(str, dtypes)))}"

@@ -40,7 +40,7 @@ class Routing:
     experts: np.ndarray  # (N, L, k)
     weights: np.ndarray  # (N, L, k)
     layers: list[int]  # the model's numbers of the MoE layers
-    num_experts: int
+    num_experts: int  # choices of a router; one more, the last, for slots left open, if the model has such
 
     def load(self) -> np.ndarray:
         """(L, E): each expert's tokens over a fair share."""
@@ -163,11 +163,12 @@ def _collect(model: Any, tokenizer: Any, sources: Sequence[tuple[str, Any]], mos
             left -= len(kept)
             if left <= 0:
                 break
+    choices = max(config.num_router_outputs, 1 + max(int(part.max()) for part in columns["experts"]))
     joined = {name: np.concatenate(column) for name, column in columns.items()}
     ids_here = np.unique(joined["tokens"]).tolist()
     texts = dict(zip(ids_here, tokenizer.batch_decode([[token] for token in ids_here]), strict=True))
     names = [name for name, _ in sources]
-    return Routing(**joined, texts=texts, source_names=names, layers=layers, num_experts=config.num_experts)
+    return Routing(**joined, texts=texts, source_names=names, layers=layers, num_experts=choices)
 
 
 _COLUMNS = ("tokens", "documents", "positions", "sources", "experts", "weights")

@@ -131,6 +131,7 @@ def merged(model: MiniMoeForCausalLM, load: np.ndarray, keep: int) -> MiniMoeFor
 @torch.no_grad()
 def revived(model: MiniMoeForCausalLM, load: np.ndarray, seed: int = 0) -> tuple[MiniMoeForCausalLM, int]:
     """The model whose idle experts are noisy copies of the most used of their layer, and how many they were."""
+    _check_router(model)
     model, count = copy.deepcopy(model), 0
     generator = torch.Generator().manual_seed(seed)
     for layer, row in zip(moe_layers(model), load, strict=True):
@@ -162,7 +163,7 @@ def _regrouped(
                 means.append(torch.einsum("e,eij->ij", share / share.sum(), stack[list(members)]))
             weights[prefix + name] = torch.stack(means)
         heads = [members[0] for members in found]
-        for name in ("gate.weight", "gate.e_score_correction_bias"):
+        for name in ("gate.weight", "gate.noise_weight", "gate.e_score_correction_bias"):
             if prefix + name in weights:
                 weights[prefix + name] = weights[prefix + name][heads]
     smaller.load_state_dict(weights)
@@ -187,7 +188,15 @@ def _check_expert(model: MiniMoeForCausalLM, layer: int, expert: int) -> None:
         raise UserError(f"there is no expert {expert}", fix=f"give 0 to {model.config.num_experts - 1}")
 
 
+def _check_router(model: MiniMoeForCausalLM) -> None:
+    """Experts can be moved where the router has a row for each, and for nothing else."""
+    if model.config.router_type == "hash" or model.config.num_zero_computation_experts:
+        what = "zero-computation experts" if model.config.num_zero_computation_experts else "router_type: hash"
+        raise UserError(f"experts of a model with {what} cannot be regrouped", fix="ablate takes any model")
+
+
 def _check_number(model: MiniMoeForCausalLM, keep: int) -> None:
+    _check_router(model)
     least, most = model.config.num_experts_per_tok, model.config.num_experts
     if not least <= keep < most:
         raise UserError(

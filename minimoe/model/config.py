@@ -57,8 +57,8 @@ _ROPE_KEYS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 _NOT_NEGATIVE = (
-    "n_shared_experts first_k_dense_replace attention_dropout router_aux_loss_coef router_z_loss_coef "
-    "router_bias_update_rate".split()
+    "n_shared_experts num_zero_computation_experts first_k_dense_replace attention_dropout router_aux_loss_coef "
+    "router_z_loss_coef router_bias_update_rate".split()
 )
 
 
@@ -135,6 +135,9 @@ class MiniMoeConfig(PreTrainedConfig):
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    router_type: Literal["top_k", "noisy_top_k", "top_p", "expert_choice", "hash"] = "top_k"  # see router.py
+    router_top_p: float = 0.4  # top_p only: probability that the chosen experts have together
+    num_zero_computation_experts: int = 0  # more choices of the router, which give a token back as it is
     train_dispatch: str = "replicated"
     eval_dispatch: str = "grouped"
 
@@ -193,6 +196,11 @@ class MiniMoeConfig(PreTrainedConfig):
     def num_moe_layers(self) -> int:
         """Layers with a router."""
         return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+
+    @property
+    def num_router_outputs(self) -> int:
+        """Choices of a router: the experts, and those that compute nothing."""
+        return self.num_experts + self.num_zero_computation_experts
 
 
 def unknown_keys(values: Mapping[str, Any]) -> dict[str, str]:
@@ -261,6 +269,7 @@ def architecture_problems(values: Mapping[str, Any]) -> dict[str, str]:
         problems["router_bias_update_rate"] = "a selection bias exists only with scoring_func: sigmoid"
     if get["attention_dropout"] >= 1:
         problems["attention_dropout"] = f"must be below 1, got {get['attention_dropout']}"
+    problems.update(_router_problems(get))
     problems.update(_rope_problems(get))
     problems.update(_dispatch_problems(get))
     return problems
@@ -286,6 +295,19 @@ def _token_id_problems(get: Mapping[str, Any]) -> dict[str, str]:
         ids = get[key] if isinstance(get[key], list) else [get[key]]
         if not all(token is None or (_has_type(token, int) and 0 <= token < get["vocab_size"]) for token in ids):
             problems[key] = f"must be below vocab_size {get['vocab_size']} and not negative, got {get[key]!r}"
+    return problems
+
+
+def _router_problems(get: Mapping[str, Any]) -> dict[str, str]:
+    problems, router = {}, get["router_type"]
+    if router != "top_k" and get["scoring_func"] != "softmax":
+        problems["scoring_func"] = f"router_type: {router} takes softmax, got {get['scoring_func']!r}"
+    if not 0 < get["router_top_p"] <= 1:
+        problems["router_top_p"] = f"must be above 0 and at most 1, got {get['router_top_p']}"
+    elif router != "top_p" and get["router_top_p"] != MiniMoeConfig.router_top_p:
+        problems["router_top_p"] = f"only router_type: top_p reads it, got {router!r}"
+    if get["num_zero_computation_experts"] and router in ("expert_choice", "hash"):
+        problems["num_zero_computation_experts"] = f"router_type: {router} cannot choose them; set it to 0"
     return problems
 
 

@@ -23,7 +23,7 @@ def parameters_by_part(values: Mapping[str, Any], *, active: bool = False) -> di
 
     Args:
         values: a whole architecture, defaults filled in.
-        active: of the routed experts only those that a token chooses.
+        active: of the routed experts only those that a token chooses, at most.
     """
     hidden, layers = values["hidden_size"], values["num_hidden_layers"]
     heads = values["num_attention_heads"] + values["num_key_value_heads"]
@@ -37,10 +37,16 @@ def parameters_by_part(values: Mapping[str, Any], *, active: bool = False) -> di
         "attention": layers * 2 * hidden * head_dim(values) * heads,
         "routed experts": (layers - dense) * values["num_experts_per_tok" if active else "num_experts"] * expert,
         "shared experts": (layers - dense) * values["n_shared_experts"] * expert,
-        "routers": (layers - dense) * hidden * values["num_experts"],
+        "routers": (layers - dense) * hidden * _router_rows(values),
         "dense feed-forward": dense * 3 * hidden * values["intermediate_size"],
         "norms": layers * (2 * hidden + head_norms) + hidden,
     }
+
+
+def _router_rows(values: Mapping[str, Any]) -> int:
+    """Rows of a router's matrices: a noisy one has two, a hash has none."""
+    matrices = {"noisy_top_k": 2, "hash": 0}.get(values["router_type"], 1)
+    return matrices * (values["num_experts"] + values["num_zero_computation_experts"])
 
 
 def flops_by_part(values: Mapping[str, Any], sequence_length: int) -> dict[str, int]:

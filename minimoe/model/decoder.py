@@ -29,7 +29,7 @@ from minimoe.model.feed_forward import SwiGLU
 from minimoe.model.moe import MoEFeedForward
 from minimoe.model.norm import MiniMoeRMSNorm
 from minimoe.model.rotary import MiniMoeRotaryEmbedding
-from minimoe.model.router import RouterOutput, TopKRouter
+from minimoe.model.router import HashRouter, NoisyTopKRouter, RouterOutput, TopKRouter
 from minimoe.ops import compute_dtype
 
 # As in transformers' own models: what a caller gives as `past_key_values` must not get lost among the other arguments.
@@ -47,12 +47,12 @@ class MiniMoeDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MiniMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MiniMoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, RouterOutput | None]:
-        """x (B, S, D) -> (B, S, D) and the router's decision; None in a dense layer."""
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, RouterOutput | None]:
+        """x (B, S, D), of tokens (B, S) -> (B, S, D) and the router's decision; None in a dense layer."""
         dtype = compute_dtype(x)  # rounded once, where under autocast every projection would cast its input again
         x = x + self.self_attn(self.input_layernorm(x, dtype), **kwargs)[0]
-        y = self.mlp(self.post_attention_layernorm(x, dtype))
-        y, routing = y if isinstance(y, tuple) else (y, None)
+        normed = self.post_attention_layernorm(x, dtype)
+        y, routing = self.mlp(normed, token_ids) if isinstance(self.mlp, MoEFeedForward) else (self.mlp(normed), None)
         return x + y, routing
 
 
@@ -99,6 +99,10 @@ class MiniMoePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             if "e_score_correction_bias" in module._buffers:
                 init.zeros_(module.e_score_correction_bias)
+            if isinstance(module, NoisyTopKRouter):
+                init.zeros_(module.noise_weight)
+        elif isinstance(module, HashRouter):
+            init.copy_(module.experts_of_token, module.draw())
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -171,6 +175,7 @@ class MiniMoeModel(MiniMoePreTrainedModel):
         for layer in self.layers[: self.config.num_hidden_layers]:  # generation that exits early lowers the number
             x, routing = layer(
                 x,
+                token_ids=input_ids,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
                 documents=documents,

@@ -170,7 +170,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         if not routings:
             zero = torch.zeros((), device=self.device)
             result.load_balancing_loss = result.aux_loss = result.router_z_loss = zero
-            result.expert_counts = torch.zeros(0, self.config.num_experts, dtype=torch.long, device=self.device)
+            result.expert_counts = torch.zeros(0, self.config.num_router_outputs, dtype=torch.long, device=self.device)
             result.router_confidence = zero.new_zeros(0)
             return
         batch, sequence, _ = shape
@@ -179,7 +179,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         balance = [load_balancing_loss(r.probabilities, r.expert_ids, mask, per_sequence) for r in routings]
         result.load_balancing_loss = result.aux_loss = torch.stack(balance).mean()
         result.router_z_loss = torch.stack([router_z_loss(r.logits, mask) for r in routings]).mean()
-        counts = [expert_counts(r.expert_ids, self.config.num_experts, mask) for r in routings]
+        counts = [expert_counts(r.expert_ids, self.config.num_router_outputs, mask) for r in routings]
         result.expert_counts = torch.stack(counts)
         result.router_confidence = torch.stack([router_confidence(r.probabilities, mask) for r in routings])
         if self.config.router_aux_loss_type == "global":  # for whoever knows the counts of the other parts of the step

@@ -61,7 +61,7 @@ def expert_counts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = No
     """How many real tokens chose each expert.
 
     Args:
-        expert_ids: (T, k).
+        expert_ids: (T, k); the id E is a slot that a router left open.
         mask: (T,) bool, True for real tokens; None means all.
 
     Returns:
@@ -70,7 +70,8 @@ def expert_counts(expert_ids: Tensor, num_experts: int, mask: Tensor | None = No
     chosen = expert_ids.flatten()  # (T*k,)
     ones = torch.ones_like(chosen) if mask is None else mask.repeat_interleave(expert_ids.shape[1]).to(chosen.dtype)
     # scatter_add rather than bincount: a masked slot adds 0 without a data-dependent shape.
-    return torch.zeros(num_experts, dtype=chosen.dtype, device=chosen.device).scatter_add(0, chosen, ones)
+    counts = torch.zeros(num_experts + 1, dtype=chosen.dtype, device=chosen.device).scatter_add(0, chosen, ones)
+    return counts[:num_experts]
 
 
 def load_balancing_loss(
@@ -82,7 +83,7 @@ def load_balancing_loss(
 
     Args:
         probabilities: (T, E) router probabilities, each row summing to 1.
-        expert_ids: (T, k).
+        expert_ids: (T, k); the id E is a slot that a router left open.
         mask: (T,) bool, True for real tokens; None means all.
         batch_size: None balances over all T tokens; B balances within each of B sequences and averages them,
             weighted by their real tokens.
@@ -93,7 +94,8 @@ def load_balancing_loss(
     num_experts = probabilities.shape[1]
     rows = 1 if batch_size is None else batch_size
     weight = torch.ones_like(probabilities[:, 0]) if mask is None else mask.to(probabilities.dtype)  # (T,)
-    assigned = torch.zeros_like(probabilities).scatter_(1, expert_ids, 1.0) * weight[:, None]  # (T, E)
+    open_too = F.pad(torch.zeros_like(probabilities), (0, 1))
+    assigned = open_too.scatter_(1, expert_ids, 1.0)[:, :num_experts] * weight[:, None]  # (T, E)
     tokens = weight.view(rows, -1).sum(1)  # (rows,)
     per_token = tokens.clamp(min=1)[:, None]
     f = assigned.view(rows, -1, num_experts).sum(1) / per_token  # (rows, E), sums to k

@@ -59,6 +59,6 @@ class SelectionBiasCallback(TrainerCallback):
         # Answers that a trainer lets the model generate, and references, are computed without gradients.
         if module.training and torch.is_grad_enabled() and outputs.routings:
             real = real_tokens(kwargs.get("attention_mask"), outputs.last_hidden_state.shape[1])
-            num_experts = module.config.num_experts
+            num_experts = module.config.num_router_outputs
             counts = torch.stack([expert_counts(routing.expert_ids, num_experts, real) for routing in outputs.routings])
             self._counts = counts if self._counts is None else self._counts + counts

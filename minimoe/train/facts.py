@@ -53,7 +53,7 @@ def write_facts(run: Run, folder: Path) -> None:
 
 _SHOWN = (
     "vocab_size hidden_size num_hidden_layers num_experts num_experts_per_tok moe_intermediate_size n_shared_experts "
-    "scoring_func router_bias_update_rate router_aux_loss_coef".split()
+    "scoring_func router_type num_zero_computation_experts router_bias_update_rate router_aux_loss_coef".split()
 )
 
 

@@ -98,7 +98,7 @@ def selection_biases(model: nn.Module) -> list[list[float]]:
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight"))
+    return parameter.ndim >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate."))
 
 
 class Muon(Optimizer):

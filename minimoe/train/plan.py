@@ -46,7 +46,8 @@ def print_plan(run: Run) -> None:
         "parameters": f"{total:,} total, {active:,} active per token",
         "experts": f"{architecture.num_experts} x {architecture.moe_intermediate_size} wide, "
         f"{architecture.num_experts_per_tok} per token, {architecture.n_shared_experts} shared, "
-        f"{architecture.num_moe_layers} of {architecture.num_hidden_layers} layers",
+        f"{architecture.num_moe_layers} of {architecture.num_hidden_layers} layers"
+        + ("" if architecture.router_type == "top_k" else f", chosen by {architecture.router_type}"),
         "data": f"{data.train.rows_per_epoch:,} {unit} an epoch"
         + (f", {data.validation.num_documents:,} documents held out" if data.validation else ", nothing held out"),
         "rows left out": ", ".join(f"{data.counts[key]:,} {key}" for key in _LEFT_OUT if data.counts.get(key))
@@ -76,6 +77,10 @@ def print_plan(run: Run) -> None:
         doubts.append(
             "model.norm_topk_prob makes the weight of one expert per token always 1: "
             "the router learns from the balance loss alone; pretrain with it false"
+        )
+    if architecture.num_moe_layers and architecture.router_type == "expert_choice":
+        doubts.append(
+            "experts choose tokens in training alone; in validation and generation each token chooses its experts"
         )
     for name, value in [*rows.items(), *(("warning", doubt) for doubt in doubts)]:
         table.add_row(Text(name, style="dim"), Text(value))
