@@ -1,4 +1,4 @@
-"""`minimoe report | plan | inspect | doctor | experts`."""
+"""`minimoe report | plan | compare | sweep | inspect | doctor | experts`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,58 @@ def plan(
         from minimoe.inspect.plan import run
 
     run(loaded, json_output=json_output)
+
+
+Seeds = Annotated[int, typer.Option(min=1, help="runs of each, with seeds 0, 1, ...")]
+Out = Annotated[str | None, typer.Option(metavar="DIR", help="folder of all runs [output_dir with a suffix]")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
+
+
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: minimoe compare configs/quickstart/pretrain.yaml --seconds 60 --seeds 3",
+)
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="of training, of the MoE [its config's steps]")] = None,
+    seeds: Seeds = 3,
+    out: Out = None,
+    json_output: AsJson = False,
+) -> None:
+    """A mixture of experts beside its dense twins, at equal tokens and at equal seconds; started again, it goes on."""
+    with large_imports():
+        from minimoe.inspect.compare import run
+
+    run(str(config), overrides or (), seconds=seconds, seeds=seeds, out=out, json_output=json_output)
+
+
+@app.command(
+    context_settings=OVERRIDES,
+    epilog="Example: minimoe sweep configs/quickstart/pretrain.yaml optimizer.lr=0.005,0.01,0.02 --seconds 60",
+)
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="of training, for each run")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="for each run")] = None,
+    flops: Annotated[float | None, typer.Option(min=1, help="of training, for each run")] = None,
+    seeds: Seeds = 1,
+    out: Out = None,
+    at_once: Annotated[int, typer.Option(min=1, help="runs in memory at a time, taking turns")] = 8,
+    json_output: AsJson = False,
+) -> None:
+    """Every combination of key=a,b,c at an equal budget: one table; started again, it goes on."""
+    budgets = {"seconds": seconds, "tokens": tokens, "flops": flops}
+    given = [(kind, amount) for kind, amount in budgets.items() if amount is not None]
+    if len(given) > 1:
+        raise UserError("several budgets are given", fix="give one of --seconds, --tokens and --flops")
+    with large_imports():
+        from minimoe.inspect.sweep import Budget, run
+
+    kind, amount = given[0] if given else ("steps", None)
+    budget = Budget(kind, amount)  # type: ignore[arg-type]
+    run(str(config), overrides or (), budget, seeds=seeds, out=out, at_once=at_once, json_output=json_output)
 
 
 @app.command(

@@ -112,6 +112,25 @@ def curves(
     return Chart(name, title, text, figure)
 
 
+def intervals(name: str, title: str, text: str, rows: Sequence[tuple[str, float, float]], x: str) -> Chart | None:
+    """A line for each (label, mean, half width of its interval, NaN for none), the first one on top."""
+    rows = [row for row in rows if np.isfinite(row[1])]
+    if not rows:
+        return None
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 1.1 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for place, (_, mean, half) in enumerate(rows):
+            width = None if np.isnan(half) else half
+            axes.errorbar(
+                mean, place, xerr=width, fmt="o", color=COLOURS[place % len(COLOURS)], capsize=3, markersize=4
+            )
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(x)
+    return Chart(name, title, text, figure)
+
+
 def heatmaps(
     name: str, title: str, text: str, x: np.ndarray, values: np.ndarray, layers: Sequence[int], *, shares: bool
 ) -> Chart:

@@ -48,6 +48,7 @@ from minimoe.train.reporter import Reporter
 from minimoe.train.resume import resume as resume_run
 from minimoe.train.run_folder import claim_folder, run_folder
 from minimoe.train.saver import BackgroundSaver
+from minimoe.train.turns import Turns
 
 
 @dataclass
@@ -213,7 +214,10 @@ def _loop(run: Run) -> None:
         _validate(run)
         if state.validation_due:  # cut short again; the checkpoint of this step says so already
             raise _preempted(run)
+    turns = Turns.from_environment()
     while not run.done:
+        if turns is not None and not turns.wait():
+            run.stop.signal_name = "the end of the command that gave it turns"
         failpoint("train.step")
         _step(run)
         if run.due(train.eval_every):

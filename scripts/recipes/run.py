@@ -80,6 +80,40 @@ def grpo_sums(seed: int) -> Figures:
     }
 
 
+def early() -> Path:
+    """The SFT model before it has learned its tasks, made once: two thirds of the steps, from the same start."""
+    folder = OUT / "early" / "final"
+    if not folder.exists():
+        minimoe("sft", "sft.yaml", OUT / "early", 0, f"train.max_steps={EARLY_STEPS}")
+    return folder
+
+
+def grpo_early(seed: int) -> Figures:
+    """Rewards for a model that still has much to learn."""
+    start = early()
+    words = [f"init_from={start}", "optimizer.lr=0.0005", "train.max_steps=120"]
+    seconds = minimoe("grpo", "grpo.yaml", OUT / "grpo_early", seed, *words)
+    return {
+        "early SFT, all tasks": share(start, "more_test"),
+        "early SFT, then GRPO, all tasks": share(OUT / "grpo_early" / "final", "more_test"),
+        "early SFT, then GRPO, seconds": seconds,
+    }
+
+
+def dpo_early(seed: int) -> Figures:
+    """Preferences between the answers of the same model."""
+    start = early()
+    pairs = sample_pairs(str(start), read_rows(DATA / "prompts.jsonl")[:PREFERENCE_PROMPTS], ANSWERS, seed)
+    (OUT / "preferences.jsonl").write_text(as_lines(pairs), encoding="utf-8")
+    words = [f"init_from={start}", f"data.train={OUT / 'preferences.jsonl'}", "dpo.sft_weight=1"]
+    seconds = minimoe("dpo", "dpo.yaml", OUT / "dpo_early", seed, *words, "optimizer.lr=0.0005", "train.epochs=4")
+    return {
+        "early SFT, then DPO, all tasks": share(OUT / "dpo_early" / "final", "more_test"),
+        "early SFT, then DPO, pairs": len(pairs),
+        "early SFT, then DPO, seconds": seconds,
+    }
+
+
 def dpo(seed: int) -> Figures:
     """Preferences between the model's own answers."""
     started = time.monotonic()
@@ -139,10 +173,13 @@ def distil(seed: int) -> Figures:
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 3, "moe_intermediate_size": 96}
 SMALL_STEPS = 1150
+EARLY_STEPS = 800
 RECIPES: dict[str, Callable[[int], Figures]] = {
     "start": start,
     "grpo": grpo,
     "grpo_sums": grpo_sums,
+    "grpo_early": grpo_early,
+    "dpo_early": dpo_early,
     "dpo": dpo,
     "lora": lora,
     "tools": tools,

@@ -1,0 +1,150 @@
+"""`minimoe sweep`: one config with other values of some keys, at an equal budget, over seeds; one table.
+
+Every combination of the values is a variant. Its runs are ordinary ones; they take turns on the machine, those of one
+seed together, and start with the same data in the same order. Started again, the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from minimoe.config import TrainingRun
+from minimoe.config.file import load_config
+from minimoe.errors import UserError
+from minimoe.inspect.results import show
+from minimoe.inspect.trials import Trial, as_trial, is_finished, run_trials, slug, step_seconds
+from minimoe.model.config import with_defaults
+from minimoe.model.costs import training_flops
+from minimoe.tokenizer import load_tokenizer
+from minimoe.train.metrics import duration
+from minimoe.train.pretrain import complete_architecture
+
+MOST_VARIANTS = 200
+
+
+class Budget(NamedTuple):
+    """What every run may use."""
+
+    kind: Literal["seconds", "tokens", "flops", "steps"]  # steps: those of its config
+    amount: float | None
+
+    def __str__(self) -> str:
+        if self.amount is None:
+            return "the config's own steps"
+        return f"{duration(self.amount)} of training" if self.kind == "seconds" else f"{self.amount:,.3g} {self.kind}"
+
+
+def variants_of(config: str, words: Sequence[str]) -> dict[str, TrainingRun]:
+    """Each combination of `key=a,b,c`, by its name; `key=a` holds for all.
+
+    Raises:
+        UserError: a value is wrong, or there is nothing to vary.
+    """
+    fixed, axes = [], []
+    for word in words:
+        key, _, text = word.partition("=")
+        values = split_values(text)
+        if len(values) > 1:
+            axes.append([f"{key}={value}" for value in values])
+        else:
+            fixed.append(word)
+    count = math.prod(len(axis) for axis in axes)
+    if not axes:
+        raise UserError("there is nothing to vary", fix="give a key several values: optimizer.lr=0.001,0.002")
+    if count > MOST_VARIANTS:
+        raise UserError(f"{count} combinations, at most {MOST_VARIANTS}", fix="give fewer values")
+    found = {}
+    for chosen in itertools.product(*axes):
+        found[" ".join(chosen)] = load_config(TrainingRun, config, [*fixed, *chosen])
+    if len(found) < count:
+        raise UserError("a value is given twice", fix="give each once")
+    return found
+
+
+def split_values(text: str) -> list[str]:
+    """Parts between commas that stand in no brackets or quotes: 'a,[b,c],"d,e"' -> a | [b,c] | "d,e"."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'":
+            quote = sign
+        else:
+            depth += (sign in "[{") - (sign in "]}")
+            if sign == "," and depth == 0:
+                parts.append("")
+                continue
+        parts[-1] += sign
+    return [part.strip() for part in parts]
+
+
+def steps_of(config: TrainingRun, budget: Budget, seconds_a_step: float | None) -> int:
+    """Steps that the budget buys."""
+    tokens_a_step = config.train.batch_size * config.data.sequence_length
+    if budget.amount is None:
+        if config.train.max_steps is None:
+            raise UserError("the config counts epochs", fix="give --seconds, --tokens, --flops or train.max_steps")
+        return config.train.max_steps
+    if budget.kind == "seconds":
+        assert seconds_a_step is not None
+        steps = budget.amount / seconds_a_step
+    elif budget.kind == "tokens":
+        steps = budget.amount / tokens_a_step
+    else:
+        values = getattr(config, "model", None)
+        if values is None:
+            raise UserError("--flops needs a model: section", fix="give --tokens or --seconds")
+        steps = budget.amount / (tokens_a_step * _flops(config))
+    return max(round(steps), 1)
+
+
+def _flops(config: Any) -> float:
+    """Of training on a token."""
+    values = complete_architecture(config.model, load_tokenizer(config.tokenizer_source), config.data.sequence_length)
+    return training_flops(with_defaults(values), config.data.sequence_length)
+
+
+def run_all(variants: dict[str, TrainingRun], budget: Budget, folder: Path, *, seeds: int, at_once: int) -> list[Trial]:
+    """Every variant with every seed, those of a seed interleaved; what is finished is left alone."""
+    with progress_bar() as (bar, task):
+        timed = dict.fromkeys(variants, 0.0)
+        if budget.kind == "seconds":
+            bar.update(task, description="a few steps of each, to see what they take")
+            timed = step_seconds(variants, folder, lambda: None)
+        trials = [
+            as_trial(config, name, folder / slug(name) / f"seed-{seed}", seed, steps_of(config, budget, timed[name]))
+            for seed in range(seeds)
+            for name, config in variants.items()
+        ]
+        bar.update(task, total=len(trials), completed=sum(map(is_finished, trials)))
+        for seed in range(seeds):
+            group = [trial for trial in trials if trial.seed == seed]
+            bar.update(task, description=f"seed {seed}")
+            run_trials(group, at_once, lambda: bar.update(task, completed=sum(map(is_finished, trials))))
+    return trials
+
+
+@contextmanager
+def progress_bar() -> Iterator[tuple[Progress, TaskID]]:
+    """On the terminal, of runs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield bar, bar.add_task("", total=None)
+
+
+def run(
+    config: str, words: Sequence[str], budget: Budget, *, seeds: int, out: str | None, at_once: int, json_output: bool
+) -> None:
+    """Run what is missing, then write the table and the page."""
+    variants = variants_of(config, words)
+    folder = Path(out or f"{next(iter(variants.values())).output_dir}-sweep")
+    trials = run_all(variants, budget, folder, seeds=seeds, at_once=at_once)
+    show(trials, folder, f"Sweep of {Path(config).name}", f"{budget} for each run", json_output=json_output)
