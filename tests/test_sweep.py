@@ -39,6 +39,14 @@ def test_every_combination_is_a_variant_and_single_values_hold_for_all(config):
     assert [run.model["num_experts"] for run in found.values()] == [4, 8, 4, 8]
 
 
+def test_a_variant_may_change_several_keys_and_stands_beside_the_config_as_it_is(config):
+    sigmoid = "model.scoring_func=sigmoid model.router_bias_update_rate=0.01"
+    found = variants_of(str(config), ["seed=3"], [sigmoid])
+    assert list(found) == ["as it is", sigmoid]
+    assert found[sigmoid].model["scoring_func"] == "sigmoid"
+    assert {run.seed for run in found.values()} == {3}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["seed=1"], "nothing to vary"), (["optimizer.lr=1,1"], "twice"), (["optimizer.lr=1,x"], "optimizer.lr")],

@@ -81,6 +81,9 @@ def sweep(
     seconds: Annotated[float | None, typer.Option(min=1, help="of training, for each run")] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="for each run")] = None,
     flops: Annotated[float | None, typer.Option(min=1, help="of training, for each run")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(metavar='"KEY=A KEY=B"', help="one more variant, of several keys; repeatable")
+    ] = None,
     seeds: Seeds = 1,
     out: Out = None,
     at_once: Annotated[int, typer.Option(min=1, help="runs in memory at a time, taking turns")] = 8,
@@ -96,7 +99,16 @@ def sweep(
 
     kind, amount = given[0] if given else ("steps", None)
     budget = Budget(kind, amount)  # type: ignore[arg-type]
-    run(str(config), overrides or (), budget, seeds=seeds, out=out, at_once=at_once, json_output=json_output)
+    run(
+        str(config),
+        overrides or (),
+        budget,
+        also=variant or (),
+        seeds=seeds,
+        out=out,
+        at_once=at_once,
+        json_output=json_output,
+    )
 
 
 @app.command(

@@ -72,7 +72,7 @@ def run_all(moe: PretrainRun, seconds: float | None, folder: Path, *, seeds: int
     configs = {MOE: moe} | {name: dense_twin(moe, active) for name, active in TWINS.items()}
     with progress_bar() as (bar, task):
         bar.update(task, description="a few steps of each, to see what they take")
-        timed = step_seconds(configs, folder, lambda: None)
+        timed = step_seconds(configs, folder, len(configs), lambda: None)
         steps = steps_of(moe, Budget("seconds" if seconds else "steps", seconds), timed[MOE])
         planned = [(MOE, moe, steps)]
         for name in TWINS:

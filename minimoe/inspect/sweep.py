@@ -28,6 +28,7 @@ from minimoe.train.metrics import duration
 from minimoe.train.pretrain import complete_architecture
 
 MOST_VARIANTS = 200
+AS_IT_IS = "as it is"
 
 
 class Budget(NamedTuple):
@@ -42,8 +43,11 @@ class Budget(NamedTuple):
         return f"{duration(self.amount)} of training" if self.kind == "seconds" else f"{self.amount:,.3g} {self.kind}"
 
 
-def variants_of(config: str, words: Sequence[str]) -> dict[str, TrainingRun]:
+def variants_of(config: str, words: Sequence[str], also: Sequence[str] = ()) -> dict[str, TrainingRun]:
     """Each combination of `key=a,b,c`, by its name; `key=a` holds for all.
+
+    Args:
+        also: variants of their own, as "key=a key=b"; beside them the config as it is, where no key has several values.
 
     Raises:
         UserError: a value is wrong, or there is nothing to vary.
@@ -57,14 +61,16 @@ def variants_of(config: str, words: Sequence[str]) -> dict[str, TrainingRun]:
         else:
             fixed.append(word)
     count = math.prod(len(axis) for axis in axes)
-    if not axes:
+    if not axes and not also:
         raise UserError("there is nothing to vary", fix="give a key several values: optimizer.lr=0.001,0.002")
     if count > MOST_VARIANTS:
         raise UserError(f"{count} combinations, at most {MOST_VARIANTS}", fix="give fewer values")
     found = {}
     for chosen in itertools.product(*axes):
-        found[" ".join(chosen)] = load_config(TrainingRun, config, [*fixed, *chosen])
-    if len(found) < count:
+        found[" ".join(chosen) or AS_IT_IS] = load_config(TrainingRun, config, [*fixed, *chosen])
+    for text in also:
+        found[text] = load_config(TrainingRun, config, [*fixed, *text.split()])
+    if len(found) < count + len(also):
         raise UserError("a value is given twice", fix="give each once")
     return found
 
@@ -118,7 +124,7 @@ def run_all(variants: dict[str, TrainingRun], budget: Budget, folder: Path, *, s
         timed = dict.fromkeys(variants, 0.0)
         if budget.kind == "seconds":
             bar.update(task, description="a few steps of each, to see what they take")
-            timed = step_seconds(variants, folder, lambda: None)
+            timed = step_seconds(variants, folder, at_once, lambda: None)
         trials = [
             as_trial(config, name, folder / slug(name) / f"seed-{seed}", seed, steps_of(config, budget, timed[name]))
             for seed in range(seeds)
@@ -141,10 +147,18 @@ def progress_bar() -> Iterator[tuple[Progress, TaskID]]:
 
 
 def run(
-    config: str, words: Sequence[str], budget: Budget, *, seeds: int, out: str | None, at_once: int, json_output: bool
+    config: str,
+    words: Sequence[str],
+    budget: Budget,
+    *,
+    also: Sequence[str],
+    seeds: int,
+    out: str | None,
+    at_once: int,
+    json_output: bool,
 ) -> None:
     """Run what is missing, then write the table and the page."""
-    variants = variants_of(config, words)
+    variants = variants_of(config, words, also)
     folder = Path(out or f"{next(iter(variants.values())).output_dir}-sweep")
     trials = run_all(variants, budget, folder, seeds=seeds, at_once=at_once)
     show(trials, folder, f"Sweep of {Path(config).name}", f"{budget} for each run", json_output=json_output)

@@ -177,7 +177,9 @@ def _stoppable(children: list[_Child]) -> Iterator[None]:
 # ---- how many steps fit into a budget ----
 
 
-def step_seconds(configs: Mapping[str, TrainingRun], folder: Path, progress: Callable[[], None]) -> dict[str, float]:
+def step_seconds(
+    configs: Mapping[str, TrainingRun], folder: Path, at_once: int, progress: Callable[[], None]
+) -> dict[str, float]:
     """What a step takes of each, all of them interleaved; kept in the folder, so that a command that goes on has the
     same figures.
 
@@ -192,7 +194,7 @@ def step_seconds(configs: Mapping[str, TrainingRun], folder: Path, progress: Cal
             as_trial(configs[name], name, folder / "timing" / f"{slug(name)}-{count}", 0, count, log_every=1)
             for name, count in steps.items()
         ]
-        run_trials(trials, len(trials), progress)
+        run_trials(trials, at_once, progress)
         for trial in trials:
             if trial.failure is not None:
                 raise UserError(f"{trial.variant}: {trial.failure}", where=str(trial.folder.with_suffix(".log")))
