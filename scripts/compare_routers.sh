@@ -11,11 +11,11 @@ text=${1:?give a text file, or a pattern in quotes}
 seconds=${2:-60}
 seeds=${3:-2}
 out=runs/routers
-[ -e $out/tokenizer/tokenizer.json ] || minimoe tokenizer configs/research/tokenizer.yaml data.train="$text"
+[ -e $out/tokenizer/tokenizer.json ] || minimoe tokenizer configs/routers/tokenizer.yaml data.train="$text"
 
 raw=model.norm_topk_prob=false
 off=model.router_aux_loss_coef=0
-minimoe sweep configs/research/routers.yaml data.train="$text" --seconds "$seconds" --seeds "$seeds" --out $out/sweep \
+minimoe sweep configs/routers/pretrain.yaml data.train="$text" --seconds "$seconds" --seeds "$seeds" --out $out/sweep \
   --variant "$raw" \
   --variant "model.scoring_func=sigmoid" \
   --variant "model.router_type=noisy_top_k" \

@@ -65,8 +65,8 @@ def test_the_stage_of_a_file_is_told_by_its_keys(tmp_path):
 
 
 def test_off_is_a_word_and_1e_4_is_a_number(tmp_path):
-    config = load(tmp_path, BASE + "logging: {wandb: off}\noptimizer: {lr: 1e-4}\n")
-    assert config.logging.wandb == "off"
+    config = load(tmp_path, BASE + "logging: {project: off}\noptimizer: {lr: 1e-4}\n")
+    assert config.logging.project == "off"
     assert config.optimizer.lr == 1e-4
 
 
@@ -82,7 +82,9 @@ def test_off_is_a_word_and_1e_4_is_a_number(tmp_path):
         ("optimizer: {lr: .nan}\n", "optimizer.lr"),
         ("optimizer: {lr: -1}\n", "greater than 0, got -1"),
         ("optimizer: {lr: fast}\n", "got 'fast'"),
-        ("logging: {wandb: maybe}\n", "'off', 'offline' or 'online'"),
+        ("logging: {trackers: [wand]}\n", "'wandb', 'tensorboard' or 'trackio'"),
+        ("logging: {trackers: [wandb, wandb]}\n", "named twice"),
+        ("logging: {online: true}\n", "online is for wandb"),
         ("seed: 1\nseed: 2\n", "duplicate key seed, first on line 8"),
         ("data: {train: b.txt}\n", "duplicate key data"),
         ("x: !!python/object/apply:os.system [ls]\n", "not valid YAML"),

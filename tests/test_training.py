@@ -368,7 +368,7 @@ def test_wandb_offline_needs_no_key_and_keeps_its_run_when_resumed(pretrain_conf
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     config = pretrain_config(max_steps=2)
-    config = config.model_copy(update={"logging": config.logging.model_copy(update={"wandb": "offline"})})
+    config = config.model_copy(update={"logging": config.logging.model_copy(update={"trackers": ("wandb",)})})
     pretrain.run(config)
     state = json.loads((Path(config.output_dir) / "checkpoints/step-00000002/trainer.json").read_text())
     longer = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 4})})

@@ -129,10 +129,22 @@ class TrainConfig(Section):
         return self.micro_batch_size or max(self.batch_size // num_processes, 1)
 
 
+Tracker = Literal["wandb", "tensorboard", "trackio"]
+
+
 class LoggingConfig(Section):
     """Where metrics go beside the console and metrics.jsonl."""
 
-    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases; offline needs no key")
+    trackers: tuple[Tracker, ...] = Field((), description="of wandb, tensorboard and trackio")
+    online: bool = Field(False, description="wandb sends to its server, which needs a key; else it keeps local files")
     report: bool = Field(True, description="keep report.html in the run's folder, refreshed while training")
-    project: Name = Field("minimoe", description="wandb project")
-    run_name: Name | None = Field(None, description="wandb run name; null: the output folder's name")
+    project: Name = Field("minimoe", description="project in wandb and trackio")
+    run_name: Name | None = Field(None, description="run name in wandb and trackio; null: the output folder's name")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> LoggingConfig:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers: one is named twice in {', '.join(self.trackers)}")
+        if self.online and "wandb" not in self.trackers:
+            raise ValueError("online is for wandb, which trackers does not name")
+        return self

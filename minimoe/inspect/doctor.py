@@ -205,7 +205,7 @@ def networks() -> Iterator[Finding]:
     import wandb
     from huggingface_hub import constants
 
-    offline = "nothing to do: local files and wandb: offline work without"
+    offline = "nothing to do: local files and trackers work without"
     for name, address in (("hub", constants.ENDPOINT), ("wandb", wandb.Settings().base_url)):
         try:
             with urllib.request.urlopen(address, timeout=_REACH_SECONDS):

@@ -117,7 +117,7 @@ def _rehearse(config: TrainingRun, folder: Path, steps: int) -> Rehearsal:
     values["train"] |= {"max_steps": steps, "epochs": None, "log_every": 1, "eval_every": steps, "save_every": steps}
     if config.train.sample_every:
         values["train"]["sample_every"] = steps
-    values["logging"] |= {"wandb": "off", "report": False}
+    values["logging"] |= {"trackers": (), "report": False}
     file = folder.with_suffix(".yaml")
     file.write_text(dump_config(type(config).model_validate(values)), encoding="utf-8")
     started = time.monotonic()

@@ -56,7 +56,7 @@ def as_trial(
     values["train"] |= {"max_steps": steps, "epochs": None, "sample_every": None, "eval_every": every, "keep_last": 1}
     if log_every is not None:
         values["train"]["log_every"] = log_every
-    values["logging"] |= {"wandb": "off", "report": False}
+    values["logging"] |= {"trackers": (), "report": False}
     return Trial(variant, seed, type(config).model_validate(values))
 
 

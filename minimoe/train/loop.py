@@ -177,7 +177,7 @@ def _prepare(
         config=values,
         enabled=accelerator.is_main_process,
     )
-    state.wandb_run_id = logger.wandb_run_id
+    state.wandb_run_id, reporter.finish_trackers = logger.wandb_run_id, logger.finish_trackers
     run = Run(
         config=config,
         model=model,

@@ -1,4 +1,4 @@
-"""One logger for a run: a live console, `metrics.jsonl` always, wandb when asked.
+"""One logger for a run: a live console, `metrics.jsonl` always, trackers when asked.
 
 A row of `metrics.jsonl` is one JSON object with step and seconds (of training so far, without validation, samples and
 saving). Training rows carry tokens, loss, lm_loss, load_balancing_loss, router_z_loss, lr, grad_norm,
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +32,10 @@ from rich.progress import (
 from minimoe.config import LoggingConfig
 from minimoe.errors import disk_errors
 from minimoe.train.files import METRICS_FILE, SAMPLES_FILE
+from minimoe.train.trackers import Trackers
 
 # Of a row: the only fields that two equal runs differ in.
 CLOCK_FIELDS = frozenset({"tokens_per_second", "seconds", "memory_bytes", "evaluation_seconds"})
-_WANDB_SECONDS = 30.0  # to wait for its server at the start
 
 
 class MetricsLogger:
@@ -64,7 +63,7 @@ class MetricsLogger:
         self.console = Console(quiet=not enabled)
         self.wandb_run_id = wandb_run_id
         self.seconds = 0.0  # of training so far; the loop adds to it, and every row has it
-        self._wandb: Any = None
+        self._trackers: Trackers | None = None
         if not enabled:
             return
         self._file, self._samples = folder / METRICS_FILE, folder / SAMPLES_FILE
@@ -83,8 +82,11 @@ class MetricsLogger:
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=total_steps, completed=start_step, status="")
-        if logging.wandb != "off":
-            self._start_wandb(folder, logging, config)
+        if logging.trackers:
+            self._trackers = Trackers(
+                folder, logging, start_step=start_step, wandb_run_id=wandb_run_id, config=config, warn=self._warn
+            )
+            self.wandb_run_id = self._trackers.wandb_run_id
 
     def __enter__(self) -> MetricsLogger:
         if self.enabled:
@@ -98,7 +100,11 @@ class MetricsLogger:
             self._progress.stop()
             with suppress(OSError):  # every row was flushed, and reported if that failed
                 self._stream.close()
-            self._to_wandb(lambda run: run.finish(exit_code=0 if kind is None else 1))
+
+    def finish_trackers(self, report: Path, failed: bool) -> None:
+        """After all else: the report is for them too."""
+        if self._trackers is not None:
+            self._trackers.finish(report, failed)
 
     def print(self, message: str) -> None:
         """A line above the progress bar."""
@@ -134,7 +140,7 @@ class MetricsLogger:
         self.print(f"step {row['step']:>6}  [bold]validation[/] {'  '.join(found)}")
 
     def log_sample(self, step: int, prompt: str, text: str, seconds: float) -> None:
-        """A generated sample: on the console, in its own file, in wandb."""
+        """A generated sample: on the console, in its own file, in the trackers."""
         if self.enabled:
             with disk_errors("samples", self._samples), self._samples.open("a", encoding="utf-8") as stream:
                 stream.write(
@@ -142,7 +148,8 @@ class MetricsLogger:
                 )
             self.print(f"step {step:>6}  [dim]sample[/]")
             self.print(f"[cyan]{escape(prompt)}[/]{escape(text)}")
-            self._to_wandb(lambda run: run.log({"sample": prompt + text}, step=step))
+            if self._trackers is not None:
+                self._trackers.log_sample(step, prompt, text)
 
     def log_event(self, row: dict[str, Any], message: str) -> None:
         """Something that a person should know of: a row and a line on the console."""
@@ -156,43 +163,11 @@ class MetricsLogger:
         with disk_errors("metrics", self._file):
             self._stream.write(json.dumps(finite) + "\n")
             self._stream.flush()
-        scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-        self._to_wandb(lambda run: run.log(scalars, step=row["step"]))
+        if self._trackers is not None:
+            self._trackers.log_row(row)
 
-    def _start_wandb(self, folder: Path, logging: LoggingConfig, config: dict[str, Any]) -> None:
-        import wandb
-
-        def start(mode: Any) -> Any:
-            return wandb.init(
-                project=logging.project,
-                name=logging.run_name or folder.name,
-                dir=str(folder),
-                mode=mode,
-                id=self.wandb_run_id,
-                resume="allow" if self.wandb_run_id else None,
-                config=config,
-                settings=wandb.Settings(init_timeout=_WANDB_SECONDS),
-            )
-
-        for mode in ("online", "offline") if logging.wandb == "online" else ("offline",):
-            try:
-                self._wandb = start(mode)
-            except Exception as error:  # no key, no network, no such project: nothing that training depends on
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                self.print(f"[bold yellow]warning[/] wandb cannot log {mode}: {escape(reason)}")
-            else:
-                self.wandb_run_id = self._wandb.id
-                return
-
-    def _to_wandb(self, act: Callable[[Any], None]) -> None:
-        """Hand something to wandb; when that fails, training goes on without it."""
-        if self._wandb is None:
-            return
-        try:
-            act(self._wandb)
-        except Exception as error:
-            self._wandb = None
-            self.print(f"[bold yellow]warning[/] wandb failed ({escape(str(error))}); {METRICS_FILE} goes on")
+    def _warn(self, message: str) -> None:
+        self.print(f"[bold yellow]warning[/] {escape(message)}")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

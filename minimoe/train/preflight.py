@@ -10,6 +10,7 @@ from typing import Any
 from minimoe.config import TrainingRun
 from minimoe.errors import UserError
 from minimoe.generation.engine import Engine
+from minimoe.train.trackers import check_trackers
 
 
 def check_vocab_size(vocab_size: int, tokenizer: Any, tokenizer_source: str) -> None:
@@ -30,8 +31,8 @@ def check_run(config: TrainingRun, model: Any, tokenizer: Any, device: str, num_
     """What can be seen before the data is prepared.
 
     Raises:
-        UserError: compiling on a CPU, fewer rows than processes, rows longer than the model's positions, or a sample
-            prompt that cannot be answered.
+        UserError: compiling on a CPU, fewer rows than processes, rows longer than the model's positions, a sample
+            prompt that cannot be answered, or a tracker that is not installed.
     """
     train, limit = config.train, model.config.max_position_embeddings
     if train.compile and device == "cpu":
@@ -49,6 +50,7 @@ def check_run(config: TrainingRun, model: Any, tokenizer: Any, device: str, num_
             f"data.sequence_length {config.data.sequence_length} is more than model.max_position_embeddings {limit}",
             fix=f"set data.sequence_length to {limit} or less, or give the model more positions",
         )
+    check_trackers(config.logging.trackers)
     engine = Engine(model, tokenizer)
     for prompt in train.sample_prompts:
         engine.encode(prompt, chat=config.chat)

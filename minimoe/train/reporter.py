@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ class Reporter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._begun = False
+        self.finish_trackers: Callable[[Path, bool], None] | None = None  # of the report, and whether the run failed
         self._process: subprocess.Popen[bytes] | None = None
         self._due = time.monotonic() + _FIRST_SECONDS
 
@@ -31,6 +33,13 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        try:
+            self._make_the_last(kind is None)
+        finally:
+            if self.finish_trackers is not None:
+                self.finish_trackers(self._folder / REPORT_FILE, kind is not None)
+
+    def _make_the_last(self, finished: bool) -> None:
         if not self._begun:
             return
         with suppress(OSError, subprocess.TimeoutExpired):  # the rows are there; `minimoe report` makes it again
@@ -39,7 +48,7 @@ class Reporter:
                 self._process.wait(_LAST_SECONDS)
             self._start()
             assert self._process is not None
-            if kind is None and self._process.wait(_LAST_SECONDS):
+            if finished and self._process.wait(_LAST_SECONDS):
                 print(f"note: no {REPORT_FILE}; `minimoe report {self._folder}` says why", file=sys.stderr)
 
     def begin(self) -> None:

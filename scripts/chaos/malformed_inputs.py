@@ -50,7 +50,7 @@ _COUNTS = (
     "train.micro_batch_size train.log_every train.eval_every train.save_every train.keep_last train.sample_tokens"
 ).split()
 _REALS = "optimizer.lr optimizer.adamw_lr optimizer.eps train.max_grad_norm schedule.decay_fraction".split()
-_CHOICES = "optimizer.name schedule.name train.precision train.device logging.wandb data.on_bad_rows".split()
+_CHOICES = "optimizer.name schedule.name train.precision train.device logging.online data.on_bad_rows".split()
 _SHAPES = [*MODEL, "num_experts", "num_experts_per_tok", "vocab_size", "max_position_embeddings"]
 _JUNK_LINES = [
     "\tseed: 1", "a: &a [1]\nb: *a", "? [a]\n: b", "x: !!python/object/apply:os.system [ls]", "---\na: 1",
