@@ -45,17 +45,24 @@ class Trial:
     def folder(self) -> Path:
         return Path(self.config.output_dir)
 
+    def beside(self, ending: str) -> Path:
+        """A file of the trial outside of the run's folder."""
+        return self.folder.with_name(self.folder.name + ending)
 
-def as_trial(
-    config: TrainingRun, variant: str, folder: Path, seed: int, steps: int, log_every: int | None = None
-) -> Trial:
-    """The run that takes so many steps, with validation five times on the way."""
+
+def as_trial(config: TrainingRun, variant: str, folder: Path, seed: int, steps: int, *, timing: bool = False) -> Trial:
+    """The run that takes so many steps, with validation five times on the way.
+
+    Args:
+        timing: only to see what a step takes: every row is logged, and next to nothing validated.
+    """
     values = config.model_dump(mode="json")
     values |= {"output_dir": str(folder), "seed": seed}
-    every = max(1, math.ceil(steps / 5))
+    every = steps if timing else max(1, math.ceil(steps / 5))
     values["train"] |= {"max_steps": steps, "epochs": None, "sample_every": None, "eval_every": every, "keep_last": 1}
-    if log_every is not None:
-        values["train"]["log_every"] = log_every
+    if timing:
+        values["train"]["log_every"] = 1
+        values["data"]["max_validation_documents"] = 1
     values["logging"] |= {"trackers": (), "report": False}
     return Trial(variant, seed, type(config).model_validate(values))
 
@@ -117,12 +124,12 @@ def run_trials(trials: Sequence[Trial], at_once: int, progress: Callable[[], Non
 
 def _start(trial: Trial) -> _Child:
     trial.folder.mkdir(parents=True, exist_ok=True)
-    file = trial.folder.with_suffix(".yaml")
+    file = trial.beside(".yaml")
     file.write_text(dump_config(trial.config), encoding="utf-8")
     read_end, give = os.pipe()
     back, write_end = os.pipe()
     command = [sys.executable, "-m", "minimoe.cli", trial.config.stage, str(file), "--resume"]
-    with trial.folder.with_suffix(".log").open("wb") as log:
+    with trial.beside(".log").open("wb") as log:
         process = subprocess.Popen(
             command,
             stdout=log,
@@ -146,7 +153,7 @@ def _await_turn_end(child: _Child, children: list[_Child]) -> None:
     os.close(child.back)
     children.remove(child)
     if code:
-        lines = child.trial.folder.with_suffix(".log").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = child.trial.beside(".log").read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["nothing printed"]
         child.trial.failure = f"exit code {code}: {errors[-1].removeprefix('error: ')}"
 
@@ -191,13 +198,13 @@ def step_seconds(
     steps = dict.fromkeys((name for name in configs if name not in known), 8)
     while steps:
         trials = [
-            as_trial(configs[name], name, folder / "timing" / f"{slug(name)}-{count}", 0, count, log_every=1)
+            as_trial(configs[name], name, folder / "timing" / f"{slug(name)}-{count}", 0, count, timing=True)
             for name, count in steps.items()
         ]
         run_trials(trials, at_once, progress)
         for trial in trials:
             if trial.failure is not None:
-                raise UserError(f"{trial.variant}: {trial.failure}", where=str(trial.folder.with_suffix(".log")))
+                raise UserError(f"{trial.variant}: {trial.failure}", where=str(trial.beside(".log")))
             seconds = np.diff(read_run(trial.folder).training["seconds"])[_WARM_UP:]
             known[trial.variant] = float(seconds.mean())
             if seconds.sum() < _TIMED_SECONDS / 2 and steps[trial.variant] == 8:

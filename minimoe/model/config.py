@@ -110,44 +110,44 @@ class MiniMoeConfig(PreTrainedConfig):
         "norm": (["x"], ["x"]),
     }
 
-    vocab_size: int = 6400
-    hidden_size: int = 512
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
+    vocab_size: int = 6400  # entries of the embedding; in a training config: from the tokenizer
+    hidden_size: int = 512  # width of the residual stream
+    num_hidden_layers: int = 8  # layers, the dense ones included
+    num_attention_heads: int = 8  # query heads
+    num_key_value_heads: int = 2  # key and value heads, shared by groups of query heads
     head_dim: int | None = None  # null: hidden_size / num_attention_heads
     intermediate_size: int = 1408  # of dense layers
-    hidden_act: Literal["silu"] = "silu"
-    max_position_embeddings: int = 2048
+    hidden_act: Literal["silu"] = "silu"  # activation of the SwiGLU
+    max_position_embeddings: int = 2048  # positions; in a training config: data.sequence_length
     rope_parameters: dict | None = None  # transformers' rope_parameters; null: default RoPE with theta 10000
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    attention_dropout: float = 0.0
+    rms_norm_eps: float = 1e-6  # added to the mean square
+    initializer_range: float = 0.02  # standard deviation of new weights
+    attention_dropout: float = 0.0  # share of attention probabilities dropped in training
     use_qk_norm: bool = True  # RMS norm of each head's queries and keys; false only for models from elsewhere
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
+    tie_word_embeddings: bool = True  # input and output embeddings are one matrix
+    use_cache: bool = True  # transformers' generate keeps keys and values
 
-    num_experts: int = 4
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 1408
-    n_shared_experts: int = 0
-    first_k_dense_replace: int = 0
-    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    num_experts: int = 4  # experts of each MoE layer
+    num_experts_per_tok: int = 2  # experts that a token uses
+    moe_intermediate_size: int = 1408  # width of an expert
+    n_shared_experts: int = 0  # experts that every token uses, beside the chosen ones
+    first_k_dense_replace: int = 0  # dense layers at the bottom
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"  # of the router; sigmoid has a selection bias
+    norm_topk_prob: bool = True  # the weights of the chosen experts sum to 1
+    routed_scaling_factor: float = 1.0  # all weights times this
     router_type: Literal["top_k", "noisy_top_k", "top_p", "expert_choice", "hash"] = "top_k"  # see router.py
     router_top_p: float = 0.4  # top_p only: probability that the chosen experts have together
     num_zero_computation_experts: int = 0  # more choices of the router, which give a token back as it is
-    train_dispatch: str = "replicated"
-    eval_dispatch: str = "grouped"
+    train_dispatch: str = "replicated"  # path in training, see dispatch.py
+    eval_dispatch: str = "grouped"  # path in evaluation and generation
 
     router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss, 0 = off
     router_aux_loss_type: Literal["batch", "sequence", "global"] = "global"  # balance over what
     router_z_loss_coef: float = 0.0  # weight of the router z-loss, 0 = off
     router_bias_update_rate: float = 0.0  # sigmoid only: step of the selection bias per optimizer step, 0 = off
-    output_router_logits: bool = False
+    output_router_logits: bool = False  # the model returns the router's logits too, as in transformers
 
-    pad_token_id: int | None = None
+    pad_token_id: int | None = None  # these three: in a training config from the tokenizer
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
