@@ -60,6 +60,35 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, f"{target} in {name(page)}"
 
 
+TRANSLATED = [ROOT / "README.md", ROOT / "docs" / "start.md"]
+FIGURE = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?:e-\d+)?", re.ASCII)
+
+
+def sections(page: Path) -> list[tuple[int, list[str], list[str]]]:
+    """Of each heading: its level, the commands below it, and the figures below it, sorted."""
+    text, found, fenced = page.read_text(encoding="utf-8"), [], ""
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fenced = "" if fenced else line
+        elif not fenced and (heading := re.match(r"(#+) ", line)):
+            found.append((len(heading[1]), [], FIGURE.findall(line)))
+        elif fenced == "```bash":
+            found[-1][1].append(line.split("#")[0].strip())
+        elif not fenced:
+            found[-1][2].extend(FIGURE.findall(line))
+    return [(level, commands, sorted(figures)) for level, commands, figures in found]
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=name)
+def test_the_chinese_page_has_the_same_headings_commands_and_figures(page):
+    other = page.with_suffix(".zh.md")
+    english, chinese = sections(page), sections(other)
+    assert [level for level, _, _ in chinese] == [level for level, _, _ in english]
+    for (_, commands, figures), (_, commands_there, figures_there) in zip(english, chinese, strict=True):
+        assert commands_there == commands
+        assert figures_there == figures
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 40
 
