@@ -12,6 +12,8 @@ from tiny_runs import MODEL, STORIES, run_command
 
 from minimoe.inspect.surgery import Measured, ablated, compare, measure, merged, pruned, revived
 from minimoe.loading import load_minimoe
+from minimoe.model.config import architecture_problems
+from minimoe.train import pretrain, sft
 from minimoe.train.pretrain import new_model
 
 SIZES = MODEL | {"first_k_dense_replace": 1, "num_hidden_layers": 3, "num_experts_per_tok": 2}
@@ -183,3 +185,34 @@ def test_what_does_not_fit_is_refused(model_dir, write_jsonl, monkeypatch, capsy
     data = str(write_jsonl([{"text": text} for text in STORIES]))
     assert run_command(monkeypatch, "experts", model_dir, *words, "--data", data) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_leaves_frozen_experts_as_they_are(trained_folder, optimizer, sft_config, tmp_path, monkeypatch):
+    words = ["experts", str(trained_folder), "freeze", "--data", str(tmp_path / "held.txt"), "--out"]
+    (tmp_path / "held.txt").write_text("The cat sat on the mat.\n" * 20)
+    one, both = tmp_path / "one", tmp_path / "both"
+    assert run_command(monkeypatch, *words, str(one), "--layer", "0", "--expert", "1") == 0
+    assert run_command(monkeypatch, *words, str(both)) == 0
+    for start, kept, moved in ((one, [1], [0, 2, 3]), (both, [0, 1, 2, 3], [])):
+        config = sft_config(start, output=f"sft-{start.name}")
+        values = config.model_dump(mode="json")
+        values["optimizer"] = {"name": optimizer, "weight_decay": 0.5}
+        final = sft.run(type(config).model_validate(values))
+        before, after = (load_minimoe(folder, "cpu")[0].state_dict() for folder in (start, final))
+        for name in ("gate_up_proj", "down_proj"):
+            key = f"model.layers.0.mlp.experts.{name}"
+            same = [torch.equal(before[key][e], after[key][e]) for e in range(4)]
+            assert [e for e in range(4) if same[e]] == kept
+            assert [e for e in range(4) if not same[e]] == moved
+        assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_experts_that_are_not_there_cannot_be_frozen():
+    for wrong in ({"0": [9]}, {"7": [0]}, {"0": [1, 1]}, {"a": [0]}):
+        assert "frozen_experts" in architecture_problems(SIZES | {"first_k_dense_replace": 0, "frozen_experts": wrong})
+
+
+@pytest.fixture
+def trained_folder(tmp_path, pretrain_config):
+    return pretrain.run(pretrain_config(max_steps=2, save_every=2))

@@ -168,16 +168,18 @@ def doctor(
 )
 def experts(
     model_dir: ModelDir,
-    action: Annotated[Literal["ablate", "prune", "merge", "revive"], typer.Argument(help="what is done to experts")],
+    action: Annotated[
+        Literal["ablate", "prune", "merge", "revive", "freeze"], typer.Argument(help="what is done to experts")
+    ],
     data: Annotated[str, typer.Option(metavar="FILE", help="documents that the change is measured on")],
     out: Annotated[str | None, typer.Option(metavar="DIR", help="folder of the changed model")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="prune, merge: experts that each layer has then")] = None,
-    layer: Annotated[int | None, typer.Option(help="ablate: of the expert; without, each expert in turn")] = None,
-    expert: Annotated[int | None, typer.Option(help="ablate: its number in the layer")] = None,
+    layer: Annotated[int | None, typer.Option(help="ablate, freeze: of the expert; without: each")] = None,
+    expert: Annotated[int | None, typer.Option(help="ablate, freeze: its number in the layer")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
     device: Device = "auto",
 ) -> None:
-    """Take out, put together or revive experts; shows the change of the loss with its interval."""
+    """Take out, put together, revive or freeze experts; shows the change of the loss with its interval."""
     with large_imports():
         from minimoe.inspect.surgery import run
 

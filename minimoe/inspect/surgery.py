@@ -7,6 +7,7 @@ interval is a bootstrap over them. L MoE layers, E experts.
     prune    every layer keeps its most used experts only (as in expert pruning, arXiv 2404.05089)
     merge    every layer's experts are put together in groups of those with similar routers, weighted by their use
              (as in MC-SMoE, arXiv 2310.01334)
+    freeze   experts keep their weights in all later training (see train/frozen.py); of itself it changes no loss
     revive   experts with hardly a token become copies of the most used one of their layer, with a little noise
 """
 
@@ -146,12 +147,27 @@ def revived(model: MiniMoeForCausalLM, load: np.ndarray, seed: int = 0) -> tuple
     return model, count
 
 
+def frozen(model: MiniMoeForCausalLM, layer: int | None, expert: int | None) -> MiniMoeForCausalLM:
+    """The model with one expert, or all, marked to be left alone by training."""
+    before = model.config.frozen_experts or {}
+    if layer is None or expert is None:
+        marked = {str(n): list(range(model.config.num_experts)) for n in moe_layers(model)}
+    else:
+        _check_expert(model, layer, expert)
+        marked = before | {str(layer): sorted({*before.get(str(layer), []), expert})}
+    model = copy.deepcopy(model)
+    model.config.frozen_experts = marked
+    return model
+
+
 @torch.no_grad()
 def _regrouped(
     model: MiniMoeForCausalLM, groups: Sequence[Sequence[Sequence[int]]], load: np.ndarray
 ) -> MiniMoeForCausalLM:
     """A model with an expert for each group: its members' mean, weighted by their use; the first one's router row."""
-    smaller = MiniMoeForCausalLM(MiniMoeConfig(**model.config.to_dict() | {"num_experts": len(groups[0])}))
+    # Experts have other numbers then.
+    values = model.config.to_dict() | {"num_experts": len(groups[0]), "frozen_experts": None}
+    smaller = MiniMoeForCausalLM(MiniMoeConfig(**values))
     weights = model.state_dict()
     for layer, found, row in zip(moe_layers(model), groups, load, strict=True):
         prefix = f"model.layers.{layer}.mlp."
@@ -240,6 +256,11 @@ def run(
             assert layer is not None
             assert expert is not None
             changed, what = ablated(model, layer, expert), f"layer {layer} expert {expert}"
+        elif action == "freeze":
+            changed, what = (
+                frozen(model, layer, expert),
+                "all experts" if layer is None else f"layer {layer} expert {expert}",
+            )
         elif action == "revive":
             changed, count = revived(model, before.load)
             what = f"{count} experts revived"
@@ -258,13 +279,15 @@ def _check_options(action: str, out: str | None, keep: int | None, layer: int | 
     if action in ("prune", "merge") and keep is None:
         raise UserError(f"{action} needs --keep", fix="--keep 4: experts that every layer has then")
     if (layer is None) != (expert is None):
-        raise UserError("--layer and --expert belong together", fix="give both, or neither to ablate each in turn")
-    if action != "ablate" and layer is not None:
-        raise UserError(f"--layer is for ablate, not for {action}", fix="leave it out")
+        raise UserError("--layer and --expert belong together", fix="give both, or neither for every expert")
+    if action not in ("ablate", "freeze") and layer is not None:
+        raise UserError(f"--layer is for ablate and freeze, not for {action}", fix="leave it out")
     if action not in ("prune", "merge") and keep is not None:
         raise UserError(f"--keep is for prune and merge, not for {action}", fix="leave it out")
     if action == "ablate" and layer is None and out is not None:
         raise UserError("--out needs one expert to ablate", fix="give --layer and --expert")
+    if action == "freeze" and out is None:
+        raise UserError("freeze needs --out", fix="--out models/frozen: the folder that training starts from")
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists already", fix="choose another --out")
 

@@ -145,6 +145,7 @@ class MiniMoeConfig(PreTrainedConfig):
     router_aux_loss_type: Literal["batch", "sequence", "global"] = "global"  # balance over what
     router_z_loss_coef: float = 0.0  # weight of the router z-loss, 0 = off
     router_bias_update_rate: float = 0.0  # sigmoid only: step of the selection bias per optimizer step, 0 = off
+    frozen_experts: dict | None = None  # experts that training leaves as they are: {layer: [numbers]}; null: none
     output_router_logits: bool = False  # the model returns the router's logits too, as in transformers
 
     pad_token_id: int | None = None  # these three: in a training config from the tokenizer
@@ -300,6 +301,11 @@ def _token_id_problems(get: Mapping[str, Any]) -> dict[str, str]:
 
 def _router_problems(get: Mapping[str, Any]) -> dict[str, str]:
     problems, router = {}, get["router_type"]
+    for layer, experts in (get["frozen_experts"] or {}).items():
+        known = str(layer).isdigit() and get["first_k_dense_replace"] <= int(layer) < get["num_hidden_layers"]
+        numbers = isinstance(experts, list) and all(_has_type(e, int) and 0 <= e < get["num_experts"] for e in experts)
+        if not (known and numbers and len(set(experts)) == len(experts)):
+            problems["frozen_experts"] = f"no such experts in an MoE layer: {{{layer!r}: {experts!r}}}"
     if router != "top_k" and get["scoring_func"] != "softmax":
         problems["scoring_func"] = f"router_type: {router} takes softmax, got {get['scoring_func']!r}"
     if not 0 < get["router_top_p"] <= 1:

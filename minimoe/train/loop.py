@@ -29,6 +29,7 @@ from minimoe.train import checkpoint
 from minimoe.train.checkpoint import TrainerState
 from minimoe.train.facts import write_facts
 from minimoe.train.files import CHECKPOINTS
+from minimoe.train.frozen import FrozenExperts
 from minimoe.train.guard import expert_load, log_collapse, log_problem, poison
 from minimoe.train.memory import keep_freed_memory, peak_memory
 from minimoe.train.metrics import MetricsLogger
@@ -65,6 +66,7 @@ class Run:
 
     wrapped: Any  # the model as training calls it: compiled, data-parallel
     optimizers: list[Optimizer]
+    frozen: FrozenExperts
     state: TrainerState
     total_steps: int
     stop: StopRequest
@@ -160,6 +162,7 @@ def _prepare(
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
+    frozen = FrozenExperts(model)
     optimizers = build_optimizers(model, config.optimizer)
     model.model.moves_selection_bias = True
     state = TrainerState(data_fingerprint=data.fingerprint, config=values)
@@ -188,6 +191,7 @@ def _prepare(
         accelerator=accelerator,
         wrapped=wrap(torch.compile(model) if train.compile else model, accelerator),
         optimizers=optimizers,
+        frozen=frozen,
         state=state,
         total_steps=total_steps,
         stop=stop,
@@ -254,6 +258,7 @@ def _step(run: Run) -> None:
     if not verdict.skipped:
         for optimizer in run.optimizers:
             optimizer.step()
+        run.frozen.restore()
         update_selection_bias(run.model, expert_counts, run.model.config.router_bias_update_rate)
     for optimizer in run.optimizers:
         optimizer.zero_grad()
