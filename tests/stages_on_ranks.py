@@ -6,12 +6,17 @@ import importlib
 import sys
 
 from minimoe.config.file import TRAINING_RUNS, load_config
+from minimoe.train import optim
 
 
 def main(*words: str) -> None:
+    # Directions of bf16 differ by 1e-3 where gradients differ by 1e-8, and would hide what is compared.
+    optim.has_bf16 = lambda device: False
+    resume = words[0] == "--resume"
+    words = words[1:] if resume else words
     for stage, path in zip(words[::2], words[1::2], strict=True):
         config = load_config(TRAINING_RUNS[stage], path)
-        importlib.import_module(f"minimoe.train.{stage}").run(config, overwrite=True)
+        importlib.import_module(f"minimoe.train.{stage}").run(config, resume=resume, overwrite=not resume)
 
 
 if __name__ == "__main__":

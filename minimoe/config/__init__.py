@@ -23,6 +23,7 @@ from minimoe.config.stages import GrpoConfig as GrpoConfig
 from minimoe.config.stages import LoraConfig as LoraConfig
 from minimoe.config.stages import RewardConfig as RewardConfig
 from minimoe.config.training import LoggingConfig, OptimizerConfig, TrainConfig
+from minimoe.config.training import ParallelConfig as ParallelConfig
 from minimoe.config.training import ScheduleConfig as ScheduleConfig
 
 # How documents are encoded: plain text, conversations whose answers are learned, pairs of these, or ones with a label.
@@ -63,6 +64,15 @@ class TrainingRun(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
     logging: LoggingConfig = LoggingConfig()
+    parallel: ParallelConfig | None = Field(None, description="sharded training on several ranks; null: copies")
+
+    @model_validator(mode="after")
+    def _stages_that_shard(self) -> TrainingRun:
+        if self.parallel is not None and (self.stage not in ("pretrain", "sft") or getattr(self, "lora", None)):
+            raise ValueError(
+                "parallel: only pretrain and sft, without lora, are sharded; without the section ranks are copies"
+            )
+        return self
 
     @property
     def tokenizer_source(self) -> str:

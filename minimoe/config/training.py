@@ -129,6 +129,23 @@ class TrainConfig(Section):
         return self.micro_batch_size or max(self.batch_size // num_processes, 1)
 
 
+class ParallelConfig(Section):
+    """Sharded training: ranks share out the weights, by `transformers`' engine. Without it each rank has a copy."""
+
+    fsdp_size: int | Literal["auto"] = Field(
+        "auto", description="ranks that share out the weights; auto: all there are"
+    )
+    replicate_size: int = Field(1, ge=1, description="copies of such a group of ranks (HSDP)")
+    expert_size: int = Field(1, ge=1, description="ranks that share out the experts, to which tokens travel; 1: no")
+
+    @field_validator("fsdp_size")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1, got {value}")
+        return value
+
+
 Tracker = Literal["wandb", "tensorboard", "trackio"]
 
 

@@ -68,22 +68,26 @@ def evaluate_model(
     """Score a model; with an accelerator the batches are shared out among its processes.
 
     Args:
-        poll: called before every batch on every process; it may raise to abandon the evaluation.
+        poll: called on every process before each has one more batch; it may raise to abandon the evaluation.
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    nats, tokens = 0.0, 0
+    nats, tokens, batch, index = 0.0, 0, None, -1
     try:
         for index, batch in enumerate(validation.batches(batch_size)):
             failpoint("evaluate.batch")
-            poll()
+            if index % world == 0:
+                poll()
             if index % world == rank:
                 num_tokens = int(batch.num_items())
                 outputs = model(**batch.to(device).model_inputs(), skip_logits=True, use_cache=False)
                 nats += outputs.lm_loss.item() * num_tokens
                 tokens += num_tokens
+        if batch is not None and world > 1 and rank > index % world:
+            # There was none left for this rank. A sharded model's forward passes are collectives, so it takes part.
+            model(**batch.to(device).model_inputs(), skip_logits=True, use_cache=False)
     finally:
         model.train(was_training)
     if world > 1:

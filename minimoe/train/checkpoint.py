@@ -31,6 +31,7 @@ from minimoe.errors import CheckpointError, NonFiniteError, disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.loading import quiet_transformers
 from minimoe.train.guard import StepGuard
+from minimoe.train.sharding import fill, whole
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer.json"
@@ -74,13 +75,26 @@ def take_snapshot(
     rng: list[dict[str, Tensor]],
     data: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """Copy what has to be saved."""
-    copies: dict[int, Tensor] = {}  # by address: tied tensors stay one, and are written once
-    weights = {
-        name: copies.setdefault(tensor.data_ptr(), tensor.detach().to("cpu", copy=True))
-        for name, tensor in trained_tensors(model).items()
-    }
+    """Copy what has to be saved. Of a sharded model it is a collective."""
+    weights = whole_weights(model)
     return Snapshot(_state_from(asdict(state)), weights, _optimizer_tensors(optimizers), rng, data or {})
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies on the CPU of what training changes; of a sharded model all of it, which is a collective."""
+    places = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    copies: dict[Any, Tensor] = {}  # by place: tied tensors stay one, and are written once
+    weights = {}
+    for name, tensor in trained_tensors(model).items():
+        place = places.get(name, name)
+        if place not in copies:
+            copies[place] = _copy(tensor)
+        weights[name] = copies[place]
+    return weights
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return whole(tensor.detach()).to("cpu", copy=True)
 
 
 def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any) -> Path:
@@ -244,7 +258,9 @@ def restore(
             loaded = type(model).from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
             )
-        model.load_state_dict(loaded.state_dict())
+        values = loaded.state_dict()
+        for name, target in model.state_dict().items():
+            fill(target, values[name])
     tensors = load_file(folder / OPTIMIZER_STATE)
     for index, optimizer in enumerate(optimizers):
         _load_optimizer(optimizer, f"optimizer.{index}.", tensors)
@@ -285,23 +301,40 @@ def _check_finite(snapshot: Snapshot) -> None:
 
 
 def _optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
-    """Moments as flat names: optimizer.<which>.<parameter index>.<moment>."""
+    """Moments as flat names: optimizer.<which>.<parameter>/<moment>."""
     return {
-        f"optimizer.{which}.{index}.{name}": tensor.detach().to("cpu", copy=True)
+        f"optimizer.{which}.{parameter}/{moment}": _copy(tensor)
         for which, optimizer in enumerate(optimizers)
-        for index, moments in optimizer.state_dict()["state"].items()
-        for name, tensor in moments.items()
+        for parameter, moments in _named_state(optimizer).items()
+        for moment, tensor in moments.items()
+    }
+
+
+def _named_state(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """By the names of the parameters: how these are grouped may differ from layout to layout."""
+    return {
+        name: optimizer.state[parameter]
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        if parameter in optimizer.state
     }
 
 
 def _load_optimizer(optimizer: Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            index, _, moment = name.removeprefix(prefix).partition(".")
-            state.setdefault(int(index), {})[moment] = tensor
-    # The groups (rates, decay) are today's config's, not the checkpoint's: a resumed run may change them.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    """The groups (rates, decay) are today's config's, not the checkpoint's: a resumed run may change them."""
+    saved = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    known = {name: p for g in optimizer.param_groups for name, p in zip(g["param_names"], g["params"], strict=True)}
+    for key, tensor in saved.items():
+        name, _, moment = key.partition("/")
+        if name not in known:
+            raise CheckpointError(f"moments of {name}, which is not trained", fix="start a new run from the weights")
+        like = known[name]
+        if tensor.shape == like.shape:
+            state = torch.zeros_like(like, dtype=tensor.dtype)
+            fill(state, tensor)
+        else:  # a count of steps
+            state = tensor.to(like.device, copy=True)
+        optimizer.state[like][moment] = state
 
 
 def _delete(folder: Path) -> None:

@@ -42,13 +42,14 @@ from minimoe.train.optim import (
     update_selection_bias,
 )
 from minimoe.train.parallel import forward_backward, ranks_may_die, wrap
-from minimoe.train.plan import print_plan
+from minimoe.train.plan import estimate_step_seconds, print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.preflight import check_run
 from minimoe.train.reporter import Reporter
 from minimoe.train.resume import resume as resume_run
 from minimoe.train.run_folder import claim_folder, run_folder
 from minimoe.train.saver import BackgroundSaver
+from minimoe.train.sharding import check_sharding, clip_grad_norm, is_sharded, resolve, shard
 from minimoe.train.turns import Turns
 
 
@@ -80,6 +81,11 @@ class Run:
     def micro_rows(self) -> int:
         """Rows of one forward pass on one rank."""
         return self.config.train.micro_rows(self.accelerator.num_processes)
+
+    @property
+    def has_all_weights(self) -> bool:
+        """Whether this rank takes part in what needs all weights: the first one, and of a sharded model all."""
+        return self.accelerator.is_main_process or is_sharded(self.model)
 
     @property
     def done(self) -> bool:
@@ -129,6 +135,8 @@ def fit(
             resume is another one: other data, architecture, batches or optimizer.
     """
     check_run(config, model, tokenizer, accelerator.device.type, accelerator.num_processes)
+    if config.parallel is not None:
+        check_sharding(resolve(config.parallel, accelerator.num_processes), model.config, config.train.batch_size)
     with (
         Reporter(Path(config.output_dir)) as reporter,  # it ends after the status is written, which it shows
         run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process) as status,
@@ -162,6 +170,8 @@ def _prepare(
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
+    if config.parallel is not None:
+        model = shard(model, resolve(config.parallel, accelerator.num_processes))
     frozen = FrozenExperts(model)
     optimizers = build_optimizers(model, config.optimizer)
     model.model.moves_selection_bias = True
@@ -201,9 +211,10 @@ def _prepare(
         logged_tokens=state.tokens,
         logged_seconds=logger.seconds,
     )
+    seconds = estimate_step_seconds(run) if run.has_all_weights else 0.0
     if accelerator.is_main_process:
         write_facts(run, folder)
-        print_plan(run)
+        print_plan(run, seconds)
         if config.logging.report:
             reporter.begin()
     return run
@@ -226,15 +237,17 @@ def _loop(run: Run) -> None:
         _step(run)
         if run.due(train.eval_every):
             _validate(run)
-        if train.sample_every and run.due(train.sample_every) and run.accelerator.is_main_process:
+        if train.sample_every and run.due(train.sample_every) and run.has_all_weights:
             _log_samples(run)
         run.saver.check()
         stopping = run.stop.agreed(run.accelerator) and not run.done
         if run.due(train.save_every) or stopping:
             rng = gather_object([checkpoint.get_rng()])
-            if run.accelerator.is_main_process:
+            if run.has_all_weights:
                 data = run.data.train.state_tensors(state.step)
-                run.saver.submit(checkpoint.take_snapshot(run.model, run.optimizers, state, rng, data))
+                snapshot = checkpoint.take_snapshot(run.model, run.optimizers, state, rng, data)
+                if run.accelerator.is_main_process:
+                    run.saver.submit(snapshot)
         if stopping:
             run.saver.wait()
             run.accelerator.wait_for_everyone()
@@ -252,7 +265,7 @@ def _step(run: Run) -> None:
     with float32_by_onednn(accelerator.device, run.model.config.hidden_size):
         terms, expert_counts = forward_backward(run.wrapped, batch, run.objective, run.micro_rows, accelerator)
     poison(terms, run.model)
-    grad_norm = float(accelerator.clip_grad_norm_(run.wrapped.parameters(), train.max_grad_norm))
+    grad_norm = clip_grad_norm(run.model.parameters(), train.max_grad_norm)
     loss = float(terms["loss"])
     verdict = state.guard.judge(loss, grad_norm, train)
     if not verdict.skipped:
@@ -331,8 +344,10 @@ def _preempted(run: Run) -> Preempted:
 def _finish(run: Run) -> Path:
     """The trained model as a plain model folder."""
     final = Path(run.config.output_dir) / FINAL
+    if run.has_all_weights:
+        weights = checkpoint.whole_weights(run.model)
     if run.accelerator.is_main_process:
         with checkpoint.written_whole(final) as temporary:
-            checkpoint.save_weights(run.model, run.tokenizer, temporary)
+            checkpoint.save_weights(run.model, run.tokenizer, temporary, weights)
     run.accelerator.wait_for_everyone()
     return final

@@ -20,6 +20,7 @@ from minimoe.config import OptimizerConfig, ScheduleConfig
 from minimoe.device import has_bf16
 from minimoe.model.router import TopKRouter
 from minimoe.ops import accelerated
+from minimoe.train.sharding import fill, is_shared_out, like, local, whole
 
 # Quintic Newton-Schulz coefficients of Muon's authors: singular values go to about [0.7, 1.2] in 5 steps.
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -49,15 +50,17 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
     """The optimizers that together own every parameter once; each group keeps its peak rate as `peak_lr`."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {name: p for name, p in named.items() if config.name == "muon" and _is_hidden_matrix(name, p)}
-    rest = [p for name, p in named.items() if name not in matrices]
     adamw_lr = config.adamw_lr if config.name == "muon" else config.lr
-    groups = [
-        # Norm weights are not decayed: pulling a gain to 0 is no regularisation.
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    # Norm weights are not decayed: pulling a gain to 0 is no regularisation. One call of fused AdamW takes the tensors
+    # of one mesh of ranks.
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, p in named.items():
+        if name not in matrices:
+            decay = config.weight_decay if p.ndim >= 2 else 0.0
+            kind = p.ndim < 2, getattr(p, "device_mesh", None)
+            groups.setdefault(kind, {"params": [], "weight_decay": decay})["params"].append((name, p))
     optimizers: list[Optimizer] = [
-        AdamW([g for g in groups if g["params"]], lr=adamw_lr, betas=config.betas, eps=config.eps, fused=True)
+        AdamW(list(groups.values()), lr=adamw_lr, betas=config.betas, eps=config.eps, fused=True)
     ]
     if matrices:
         optimizers.append(Muon(matrices, config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
@@ -118,7 +121,7 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(list(named_parameters.values()), defaults)
+        super().__init__(list(named_parameters.items()), defaults)
         self._halves = [2 if name.endswith("gate_up_proj") else 1 for name in named_parameters]
 
     @torch.no_grad()
@@ -129,17 +132,25 @@ class Muon(Optimizer):
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        shares: list[tuple[Tensor, Tensor]] = []  # sharded matrices, and the whole of what is added to each
         for parameter, halves in zip(group["params"], self._halves, strict=True):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-            update = torch.lerp(parameter.grad, buffer, momentum)  # Nesterov: look one step ahead
-            parameter.mul_(1 - lr * group["weight_decay"])
-            for target, part in zip(_matrices(parameter, halves), _matrices(update, halves), strict=True):
-                by_shape[part.shape[-2:]].append((target, part))
+            gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
+            buffer.lerp_(gradient, 1 - momentum)
+            update = torch.lerp(gradient, buffer, momentum)  # Nesterov: look one step ahead
+            weights = local(parameter)
+            weights.mul_(1 - lr * group["weight_decay"])
+            if parameter.ndim == 2 and is_shared_out(parameter):
+                # Ranks share out the rows of a matrix, and its direction needs all of them.
+                update, weights = whole(like(parameter, update)), torch.zeros(parameter.shape).to(weights)
+                shares.append((parameter, weights))
+            for target, part in zip(_matrices(weights, halves), _matrices(update, halves), strict=True):
+                if part.shape[0]:
+                    by_shape[part.shape[-2:]].append((target, part))
         for (rows, columns), pairs in by_shape.items():
             directions = newton_schulz(torch.cat([part for _, part in pairs]))
             scale = -lr * max(1.0, rows / columns) ** 0.5
@@ -147,6 +158,10 @@ class Muon(Optimizer):
                 pairs, directions.split([part.shape[0] for _, part in pairs]), strict=True
             ):
                 target.add_(direction, alpha=scale)
+        for parameter, change in shares:
+            mine = torch.zeros_like(parameter)
+            fill(mine, change)
+            local(parameter).add_(local(mine))
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:

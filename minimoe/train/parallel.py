@@ -16,20 +16,23 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
-from minimoe.config import TrainConfig
+from minimoe.config import ParallelConfig, TrainConfig
 from minimoe.device import has_bf16, pick_device
 from minimoe.errors import StorageError, UserError
 from minimoe.train.objectives import Objective, Step
+from minimoe.train.sharding import is_sharded, resolve
 
 
-def make_accelerator(train: TrainConfig) -> Accelerator:
+def make_accelerator(train: TrainConfig, parallel: ParallelConfig | None = None) -> Accelerator:
     """Device, precision and process group, as the config says.
 
     Raises:
-        UserError: the config asks for a device that this machine does not have, or accelerate was configured for
-            something else than data-parallel training.
+        UserError: the config asks for a device that this machine does not have, or for ranks that are not there, or
+            accelerate was configured for something else than data-parallel training.
     """
     check_launcher(os.environ)
+    if parallel is not None:
+        resolve(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     device = pick_device(train.device, where="train.device")
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         print(f"note: on a CPU, accelerate launch starts one process; for two: {_TORCHRUN}", file=sys.stderr)
@@ -56,7 +59,7 @@ def check_launcher(environment: Mapping[str, str]) -> None:
 
 
 _TORCHRUN = "torchrun --nproc_per_node 2 -m minimoe.cli pretrain CONFIG.yaml"
-_DATA_PARALLEL = f"minimoe trains data-parallel: {_TORCHRUN}"
+_DATA_PARALLEL = f"give the config a parallel: section to shard the model, and start it by {_TORCHRUN}"
 _NOT_OURS = {  # the value that means unset, and what to do about another
     "ACCELERATE_USE_FSDP": ("false", _DATA_PARALLEL),
     "ACCELERATE_USE_DEEPSPEED": ("false", _DATA_PARALLEL),
@@ -69,6 +72,8 @@ _NOT_OURS = {  # the value that means unset, and what to do about another
 
 def wrap(model: Any, accelerator: Accelerator) -> Any:
     """The model as training calls it on several ranks."""
+    if is_sharded(model):
+        return model
     with warnings.catch_warnings():  # torch has a new name for it, which accelerate does not know yet
         warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
         return accelerator.prepare(model)
@@ -90,14 +95,16 @@ def forward_backward(
     batch = batch.to(accelerator.device)
     num_items, num_tokens = accelerator.reduce(torch.stack([batch.num_items(), batch.num_tokens()]))
     step = Step(num_items, num_tokens, accelerator.reduce, _CountsSoFar(accelerator))
-    micros = list(batch.split(micro_rows))
+    micros, sharded = list(batch.split(micro_rows)), is_sharded(model)
     values: dict[str, Tensor] = {}
     totals = counts = None
     for index, micro in enumerate(micros):
         last = index == len(micros) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            losses = objective(model, micro, step)
-            # Data-parallel training averages gradients over ranks; the loss is already divided by the global count.
+        # A sharded model adds up the gradients of every micro-batch: kept until the last they would be whole.
+        with contextlib.nullcontext() if last or sharded else accelerator.no_sync(model):
+            with accelerator.autocast() if sharded else contextlib.nullcontext():  # a wrapped model has its own
+                losses = objective(model, micro, step)
+            # Training on several ranks averages gradients; the loss is already divided by the global count.
             accelerator.backward(losses.loss * world)
         values = {"loss": losses.loss, **losses.terms}
         flat = torch.cat([value.detach().flatten() for value in values.values()])

@@ -23,6 +23,7 @@ from minimoe.train import checkpoint
 from minimoe.train.metrics import duration
 from minimoe.train.objectives import Step
 from minimoe.train.optim import Muon, newton_schulz
+from minimoe.train.sharding import local, resolve
 
 if TYPE_CHECKING:
     from minimoe.train.loop import Run
@@ -30,15 +31,16 @@ if TYPE_CHECKING:
 _LEFT_OUT = ("bad_rows", "empty_rows", "dropped", "truncated")  # of the counts of the data
 
 
-def print_plan(run: Run) -> None:
-    """What the run will do, before it does it."""
+def print_plan(run: Run, step_seconds: float) -> None:
+    """What the run will do, before it does it; a step takes so long."""
     config, train, data, accelerator = run.config, run.config.train, run.data, run.accelerator
     architecture, total_steps, done = run.model.config, run.total_steps, run.state.step
     total, active = (num_parameters(vars(architecture), active=choice) for choice in (False, True))
     tokens_per_step = train.batch_size * config.data.sequence_length
     tokens = total_steps * tokens_per_step
-    timed = config.stage != "grpo"  # whose steps take as long as the model's answers are
-    seconds = _estimate_step_seconds(run) * (total_steps - done) if timed else 0.0
+    timed = config.stage != "grpo"
+    seconds = step_seconds * (total_steps - done) if timed else 0.0
+    layout = resolve(config.parallel, accelerator.num_processes) if config.parallel else None
     share = architecture.num_experts_per_tok / architecture.num_experts
     unit = f"rows of {config.data.sequence_length} tokens" if timed else "answers"
     table = Table(show_header=False, box=None, padding=(0, 2))
@@ -59,7 +61,7 @@ def print_plan(run: Run) -> None:
         "optimizer": f"{config.optimizer.name}, lr {config.optimizer.lr:g}, {_schedule(config.schedule, total_steps)}",
         "precision": _precision(train, accelerator),
         "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
-        f"{torch.get_num_threads()} threads each",
+        f"{torch.get_num_threads()} threads each" + (f", {layout}" if layout else ""),
         "operators": ops.describe(accelerator.device),
         "estimated time": duration(seconds) + ", from one timed micro-batch" if timed else "see the progress bar",
         "output": config.output_dir,
@@ -90,8 +92,11 @@ def print_plan(run: Run) -> None:
     console.print(table)
 
 
-def _estimate_step_seconds(run: Run) -> float:
-    """Time one micro-batch and one orthogonalisation; weights, moments and random state are left as they were."""
+def estimate_step_seconds(run: Run) -> float:
+    """Time one micro-batch and one orthogonalisation; weights, moments and random state are left as they were. Of a
+    sharded model all ranks do it together."""
+    if run.config.stage == "grpo":  # whose steps take as long as the model's answers are
+        return 0.0
     rng, model, accelerator = checkpoint.get_rng(), run.model, run.accelerator
     micro = run.data.train.batch(0, run.micro_rows).to(accelerator.device)
     model.train()
@@ -107,7 +112,8 @@ def _estimate_step_seconds(run: Run) -> float:
     for optimizer in run.optimizers:
         if isinstance(optimizer, Muon):
             for parameter in optimizer.param_groups[0]["params"]:
-                newton_schulz(parameter.detach() if parameter.ndim == 3 else parameter.detach()[None])
+                part = local(parameter.detach())
+                newton_schulz(part if part.ndim == 3 else part[None])
     _synchronise(accelerator)
     orthogonalisation = time.perf_counter() - start
     checkpoint.set_rng(rng)

@@ -24,7 +24,7 @@ from minimoe.train.sft import start_from
 
 def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as the config says; returns the folder of the final model."""
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train, config.parallel)
     model: Any
     if config.init_from is not None:
         model, tokenizer = start_from(config.init_from, config, None)

@@ -22,7 +22,7 @@ from minimoe.train.parallel import make_accelerator
 
 def run(config: SftRun, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Fine-tune as the config says; returns the folder of the final model."""
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train, config.parallel)
     model, tokenizer = start_from(config.init_from, config, config.lora)
     data = partial(open_data, config.data, tokenizer, config.encoding, config.seed)
     return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)

@@ -1,0 +1,172 @@
+"""A model sharded over ranks: who holds what, and what training must do differently then.
+
+The engine is `transformers`' (`DistributedConfig`: FSDP2, HSDP and expert parallelism on torch's DTensor), not ours.
+R ranks = replicate_size x fsdp_size. Every rank has its own rows of the batch. The ranks of a replica share out the
+weights; with `expert_size` experts stay on their ranks, E / expert_size on each, and tokens travel to them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+from minimoe.config import ParallelConfig
+from minimoe.errors import UserError
+
+
+class Layout(NamedTuple):
+    """Sizes that multiply to the number of ranks, and how many ranks share out the experts."""
+
+    replicate_size: int
+    fsdp_size: int
+    expert_size: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.replicate_size} replicas" if self.replicate_size > 1 else "", f"sharded over {self.fsdp_size}"]
+        parts.append(f"experts over {self.expert_size}" if self.expert_size > 1 else "")
+        return ", ".join(part for part in parts if part)
+
+
+def resolve(parallel: ParallelConfig, world: int) -> Layout:
+    """The sizes for so many ranks.
+
+    Raises:
+        UserError: they do not fit, with those that would.
+    """
+    replicas = parallel.replicate_size
+    if world % replicas:
+        raise UserError(
+            f"parallel.replicate_size {replicas} does not divide the {world} ranks",
+            fix=f"set it to one of {_divisors(world)}",
+        )
+    fsdp = world // replicas if parallel.fsdp_size == "auto" else parallel.fsdp_size
+    if replicas * fsdp != world:
+        raise UserError(
+            f"parallel.replicate_size {replicas} x parallel.fsdp_size {fsdp} are not the {world} ranks",
+            fix=f"set parallel.fsdp_size to {world // replicas} or auto, or start {replicas * fsdp} ranks",
+        )
+    if fsdp % parallel.expert_size:
+        raise UserError(
+            f"parallel.expert_size {parallel.expert_size} does not divide parallel.fsdp_size {fsdp}",
+            fix=f"set it to one of {_divisors(fsdp)}",
+        )
+    if world == 1:
+        raise UserError(
+            "parallel: is for several ranks, and there is one",
+            fix="start it by torchrun --nproc_per_node N -m minimoe.cli, or leave the section out",
+        )
+    return Layout(replicas, fsdp, parallel.expert_size)
+
+
+def check_sharding(layout: Layout, model_config: Any, batch_size: int) -> None:
+    """Whether model and batch can be shared out.
+
+    Raises:
+        UserError: not evenly, or some experts are to be left alone.
+    """
+    world, experts = layout.replicate_size * layout.fsdp_size, model_config.num_experts
+    if experts % layout.expert_size:
+        raise UserError(
+            f"parallel.expert_size {layout.expert_size} does not divide model.num_experts {experts}",
+            fix=f"set it to one of {[size for size in _divisors(layout.fsdp_size) if experts % size == 0]}",
+        )
+    if batch_size % world:
+        raise UserError(
+            f"train.batch_size {batch_size} is no multiple of the {world} ranks, which go through a step together",
+            fix=f"set it to {-(-batch_size // world) * world}",
+        )
+    if model_config.frozen_experts:
+        raise UserError("frozen_experts are not kept in sharded training", fix="leave parallel: out")
+
+
+def shard(model: Any, layout: Layout) -> Any:
+    """Shard a model in place; every rank has the same weights, and keeps its part."""
+    config = DistributedConfig(
+        fsdp_size=layout.fsdp_size, dp_replicate_size=layout.replicate_size, ep_size=layout.expert_size
+    )
+    config, _, mesh = type(model).prepare_distribute_model(config)
+    model = type(model).maybe_distribute_model(model, config, mesh)
+    model.tie_weights()
+    del model.config.distributed_config  # of this run, and not of the model that it saves
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether other ranks hold parts of it: a forward pass is then a collective."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def is_shared_out(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of it."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that ranks share out; a collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """A tensor shared out as another is, of which this rank holds `part`."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+@torch.no_grad()
+def fill(target: Tensor, values: Tensor) -> None:
+    """Put values in place; of a tensor that ranks share out each keeps its part, and nothing is sent."""
+    if not isinstance(target, DTensor):
+        target.copy_(values)
+        return
+    part = values
+    # Dimension by dimension of the mesh, from the innermost: FSDP shards what expert parallelism has left on the rank.
+    mesh = target.device_mesh
+    for dim in _order_of_sharding(target):
+        placement = target.placements[dim]
+        if (cut := getattr(placement, "dim", None)) is not None:
+            size, place = mesh.size(dim), mesh.get_local_rank(dim)
+            chunks = list(part.chunk(size, cut))
+            part = chunks[place] if place < len(chunks) else part.narrow(cut, 0, 0)
+    target.to_local().copy_(part)
+
+
+def _order_of_sharding(tensor: DTensor) -> list[int]:
+    """Mesh dimensions, outermost cut first: a strided placement was cut after the plain ones."""
+    strided = [dim for dim, placement in enumerate(tensor.placements) if type(placement).__name__ == "_StridedShard"]
+    return [dim for dim in range(tensor.device_mesh.ndim) if dim not in strided] + strided
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients so that their joint norm is at most `max_norm`; returns the norm before. A collective.
+
+    torch's own cannot take the norm over several meshes: one norm each, then theirs.
+    """
+    by_mesh: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_mesh[getattr(parameter.grad, "device_mesh", None)].append(parameter.grad)
+    norms = [whole(nn.utils.get_total_norm(grads)) for grads in by_mesh.values()]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for grads in by_mesh.values():
+        for grad in grads:
+            (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
+    return float(total)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
