@@ -29,11 +29,15 @@ def report(
 
 
 @app.command(
-    context_settings=OVERRIDES, epilog="Example: minimoe plan configs/quickstart/pretrain.yaml model.num_experts=32"
+    context_settings=OVERRIDES,
+    epilog="Example: minimoe plan configs/quickstart/pretrain.yaml model.num_experts=32; "
+    "minimoe plan configs/minimind/pretrain_768.yaml --gpus 8 --gpu h100",
 )
 def plan(
     config: Config,
     overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs by formulas alone")] = None,
+    gpu: Annotated[str, typer.Option(metavar="KIND", help="a100, h100, h200, b200 or rtx4090")] = "h100",
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """What a run will cost: parameters, memory, time and disk, from a few of its steps in a temporary folder."""
@@ -44,7 +48,7 @@ def plan(
         loaded = load_config(TrainingRun, config, overrides or ())
         from minimoe.inspect.plan import run
 
-    run(loaded, json_output=json_output)
+    run(loaded, gpus=gpus, gpu=gpu, json_output=json_output)
 
 
 Seeds = Annotated[int, typer.Option(min=1, help="runs of each, with seeds 0, 1, ...")]

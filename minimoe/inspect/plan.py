@@ -27,7 +27,8 @@ from rich.text import Text
 from minimoe.config import TrainingRun
 from minimoe.config.file import dump_config
 from minimoe.device import pick_device
-from minimoe.errors import MinimoeError
+from minimoe.errors import MinimoeError, UserError
+from minimoe.inspect.cluster import GPUS, Work, check_cluster, choose, estimate
 from minimoe.inspect.record import Record, read_run
 from minimoe.model.config import num_parameters, with_defaults
 from minimoe.model.costs import TRAINING, flops_by_part, parameters_by_part
@@ -36,6 +37,7 @@ from minimoe.train.files import CHECKPOINTS
 from minimoe.train.memory import process_peak
 from minimoe.train.metrics import duration
 from minimoe.train.pretrain import complete_architecture
+from minimoe.train.sharding import resolve
 
 _FIRST_STEPS = 8  # of the first rehearsal
 _WARM_UP = 2  # steps that are not timed
@@ -58,6 +60,7 @@ class Plan:
     # seconds (None: not measured), and of that evaluation_, sample_ and other_seconds; step_seconds is one step's
     time: dict[str, float | None]
     disk_bytes: int
+    cluster: dict[str, Any] | None = None  # of --gpus: layout, traffic and times of a step, from formulas
     advice: list[str] = field(default_factory=list)
 
 
@@ -69,11 +72,11 @@ class _Failed(MinimoeError):
         self.exit_code = code
 
 
-def run(config: TrainingRun, *, json_output: bool = False) -> None:
-    """Measure, then print."""
+def run(config: TrainingRun, *, gpus: int | None = None, gpu: str = "h100", json_output: bool = False) -> None:
+    """Measure here, or estimate for GPUs elsewhere; then print."""
     console = Console(stderr=True)
     with console.status("a few steps of the run, to see what they take"):
-        plan = make_plan(config)
+        plan = make_plan(config) if gpus is None else cluster_plan(config, gpus, gpu)
     print(json.dumps(asdict(plan))) if json_output else _print(plan, config)
 
 
@@ -199,6 +202,51 @@ def _carried_on(config: TrainingRun, seen: Rehearsal, available: int) -> Plan:
     return plan
 
 
+def cluster_plan(config: TrainingRun, gpus: int, gpu: str) -> Plan:
+    """From formulas alone, with the config's `parallel:` section or the layout that takes the least time.
+
+    Raises:
+        UserError: no such GPU, rows that cannot be shared out, no architecture or no number of steps in the config.
+    """
+    train, values = config.train, getattr(config, "model", None)
+    if values is None or train.max_steps is None:
+        raise UserError("--gpus needs a model: section and train.max_steps", fix="give both")
+    check_cluster(gpus, gpu, train.batch_size)
+    length = config.data.sequence_length
+    architecture = with_defaults(complete_architecture(values, load_tokenizer(config.tokenizer_source), length))
+    work = Work(train.batch_size, length, train.micro_batch_size, config.optimizer.name, train.gradient_checkpointing)
+    if config.parallel is None:
+        found = choose(architecture, work, gpus, gpu)
+    else:
+        found = estimate(architecture, work, gpus, gpu, resolve(config.parallel, gpus))
+    total, active = (num_parameters(architecture, active=choice) for choice in (False, True))
+    tokens = train.max_steps * train.batch_size * length
+    per_token = TRAINING * sum(flops_by_part(architecture, length).values())
+    available = int(GPUS[gpu].memory)
+    plan = Plan(
+        stage=config.stage,
+        parameters={"total": total, "active": active, "trained": total, "by_part": parameters_by_part(architecture)},
+        flops={"per_token": per_token, "total": per_token * tokens, "by_part": flops_by_part(architecture, length)},
+        steps=train.max_steps,
+        tokens=tokens,
+        tokens_per_parameter=tokens / total,
+        memory={
+            "peak_bytes": int(found.memory_bytes),
+            "available_bytes": available,
+            "by_kind": found.memory,
+            "fits": found.fits,
+        },
+        time={"seconds": train.max_steps * found.step_seconds, "step_seconds": found.step_seconds},
+        disk_bytes=int((found.memory["weights"] + found.memory["moments"]) * found.layout.fsdp_size)
+        * min(train.keep_last + 1, math.ceil(train.max_steps / train.save_every)),
+        cluster=asdict(found)
+        | {"layout": found.layout._asdict(), "traffic": found.traffic._asdict(), "described": str(found.layout)},
+    )
+    if not found.fits:
+        plan.advice.append("does not fit: more GPUs, a smaller train.micro_batch_size, or train.gradient_checkpointing")
+    return plan
+
+
 def too_large(config: TrainingRun, available: int) -> Plan | None:
     """A plan that says so, where weights, gradients and moments alone do not fit."""
     values = getattr(config, "model", None)
@@ -278,9 +326,11 @@ def _print(plan: Plan, config: TrainingRun) -> None:
         "operations": f"{plan.flops['per_token']:.3g} FLOPs a token; {shares}",
         "memory": f"{_gb(plan.memory['peak_bytes'])} of {_gb(plan.memory['available_bytes'])}",
         " ": kinds,
-        "time": _time(plan),
+        "time": "" if plan.cluster else _time(plan),
         "disk": f"at most {_gb(plan.disk_bytes)} in {config.output_dir}" if plan.disk_bytes else "",
     }
+    if plan.cluster is not None:
+        rows |= _of_cluster(plan)
     rows |= {f"advice{' ' * number}": text for number, text in enumerate(plan.advice)}
     for name, value in rows.items():
         if value:
@@ -290,6 +340,22 @@ def _print(plan: Plan, config: TrainingRun) -> None:
     if not console.is_terminal:
         console.width = 120
     console.print(table)
+
+
+def _of_cluster(plan: Plan) -> dict[str, str]:
+    """From formulas: what one GPU does in a step."""
+    assert plan.cluster is not None
+    found = plan.cluster
+    sent = ", ".join(f"{name} {_gb(count)}" for name, count in found["traffic"].items())
+    return {
+        "memory": f"{_gb(plan.memory['peak_bytes'])} of {_gb(plan.memory['available_bytes'])} of each GPU",
+        "layout": f"{found['gpus']:,} x {found['gpu']}: {found['described']}",
+        "sent a step": f"{sent}, by each GPU",
+        "time": f"{duration(plan.time['seconds'] or 0)}: {plan.time['step_seconds']:.3g} s a step; computing "
+        f"{found['compute_seconds']:.3g} s, or weights on their way {found['weights_seconds']:.3g} s, then tokens "
+        f"{found['tokens_seconds']:.3g} s",
+        "how": "from formulas, none of it measured: docs/scale.md",
+    }
 
 
 def _length(plan: Plan) -> str:

@@ -28,6 +28,8 @@ class Layout(NamedTuple):
     expert_size: int
 
     def __str__(self) -> str:
+        if self.fsdp_size == 1:
+            return f"{self.replicate_size} copies"
         parts = [f"{self.replicate_size} replicas" if self.replicate_size > 1 else "", f"sharded over {self.fsdp_size}"]
         parts.append(f"experts over {self.expert_size}" if self.expert_size > 1 else "")
         return ", ".join(part for part in parts if part)
