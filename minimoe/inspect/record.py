@@ -43,7 +43,8 @@ class Record:
         column = {"step": "step", "seconds": "seconds"}.get(name, "tokens")
         if not len(self.steps):
             return np.full(len(steps), np.nan)
-        places = np.interp(steps, self.steps, self.training[column])
+        # Before the first row that is logged, from 0.
+        places = np.interp(steps, np.append(0, self.steps), np.append(0, self.training[column]))
         return places * self.facts.get("flops_per_token", np.nan) if name == "FLOPs" else places
 
 

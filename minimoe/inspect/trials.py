@@ -60,8 +60,8 @@ def as_trial(config: TrainingRun, variant: str, folder: Path, seed: int, steps: 
     values |= {"output_dir": str(folder), "seed": seed}
     every = steps if timing else max(1, math.ceil(steps / 5))
     values["train"] |= {"max_steps": steps, "epochs": None, "sample_every": None, "eval_every": every, "keep_last": 1}
+    values["train"]["log_every"] = 1 if timing else min(config.train.log_every, every)
     if timing:
-        values["train"]["log_every"] = 1
         values["data"]["max_validation_documents"] = 1
     values["logging"] |= {"trackers": (), "report": False}
     return Trial(variant, seed, type(config).model_validate(values))
