@@ -15,6 +15,7 @@ from tiny import relative_error
 from tiny_runs import CHATS, MODEL, STORIES, rows, training_rows, weights
 
 from minimoe.config import ParallelConfig
+from minimoe.config.training import TrainConfig
 from minimoe.errors import UserError
 from minimoe.model.config import MiniMoeConfig
 from minimoe.train.checkpoint import verify
@@ -185,7 +186,9 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_would(section, world,
 def test_experts_and_rows_must_be_shared_out_evenly():
     layout = resolve(ParallelConfig(expert_size=4), 4)
     with pytest.raises(UserError, match="expert_size 4 does not divide") as refused:
-        check_sharding(layout, MiniMoeConfig(num_experts=6), 8)
+        check_sharding(layout, MiniMoeConfig(num_experts=6), TrainConfig(max_steps=1, batch_size=8))
     assert "[1, 2]" in refused.value.fix
-    with pytest.raises(UserError, match="no multiple of the 4 ranks"):
-        check_sharding(layout, MiniMoeConfig(num_experts=8), 6)
+    check_sharding(layout, MiniMoeConfig(num_experts=8), TrainConfig(max_steps=1, batch_size=6))  # 2, 2, 1 and 1 rows
+    with pytest.raises(UserError, match="more micro-batches than others") as refused:
+        check_sharding(layout, MiniMoeConfig(num_experts=8), TrainConfig(max_steps=1, batch_size=6, micro_batch_size=1))
+    assert "set it to 8" in refused.value.fix

@@ -126,7 +126,7 @@ class TrainConfig(Section):
 
     def micro_rows(self, num_processes: int) -> int:
         """Rows of one forward pass on one rank."""
-        return self.micro_batch_size or max(self.batch_size // num_processes, 1)
+        return self.micro_batch_size or -(-self.batch_size // num_processes)
 
 
 class ParallelConfig(Section):
@@ -137,6 +137,7 @@ class ParallelConfig(Section):
     )
     replicate_size: int = Field(1, ge=1, description="copies of such a group of ranks (HSDP)")
     expert_size: int = Field(1, ge=1, description="ranks that share out the experts, to which tokens travel; 1: no")
+    timeout_seconds: int = Field(600, ge=1, description="that a rank waits for another before it takes it for dead")
 
     @field_validator("fsdp_size")
     @classmethod

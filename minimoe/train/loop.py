@@ -136,7 +136,7 @@ def fit(
     """
     check_run(config, model, tokenizer, accelerator.device.type, accelerator.num_processes)
     if config.parallel is not None:
-        check_sharding(resolve(config.parallel, accelerator.num_processes), model.config, config.train.batch_size)
+        check_sharding(resolve(config.parallel, accelerator.num_processes), model.config, config.train)
     with (
         Reporter(Path(config.output_dir)) as reporter,  # it ends after the status is written, which it shows
         run_folder(config, resume=resume, overwrite=overwrite, enabled=accelerator.is_main_process) as status,

@@ -8,12 +8,13 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
 from minimoe.config import ParallelConfig, TrainConfig
@@ -37,12 +38,13 @@ def make_accelerator(train: TrainConfig, parallel: ParallelConfig | None = None)
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         print(f"note: on a CPU, accelerate launch starts one process; for two: {_TORCHRUN}", file=sys.stderr)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16(device))
+    timeout = [] if parallel is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=parallel.timeout_seconds))]
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if bf16 else "no",
         # Every rank computes the same selection bias itself; rank 0's copy must not overwrite it each forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), *timeout],
     )
 
 

@@ -7,6 +7,7 @@ weights; with `expert_size` experts stay on their ranks, E / expert_size on each
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-from minimoe.config import ParallelConfig
+from minimoe.config import ParallelConfig, TrainConfig
 from minimoe.errors import UserError
 
 
@@ -58,7 +59,7 @@ def resolve(parallel: ParallelConfig, world: int) -> Layout:
             f"parallel.expert_size {parallel.expert_size} does not divide parallel.fsdp_size {fsdp}",
             fix=f"set it to one of {_divisors(fsdp)}",
         )
-    if world == 1:
+    if world == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # what is left of an elastic run goes on alone
         raise UserError(
             "parallel: is for several ranks, and there is one",
             fix="start it by torchrun --nproc_per_node N -m minimoe.cli, or leave the section out",
@@ -66,7 +67,7 @@ def resolve(parallel: ParallelConfig, world: int) -> Layout:
     return Layout(replicas, fsdp, parallel.expert_size)
 
 
-def check_sharding(layout: Layout, model_config: Any, batch_size: int) -> None:
+def check_sharding(layout: Layout, model_config: Any, train: TrainConfig) -> None:
     """Whether model and batch can be shared out.
 
     Raises:
@@ -78,10 +79,12 @@ def check_sharding(layout: Layout, model_config: Any, batch_size: int) -> None:
             f"parallel.expert_size {layout.expert_size} does not divide model.num_experts {experts}",
             fix=f"set it to one of {[size for size in _divisors(layout.fsdp_size) if experts % size == 0]}",
         )
-    if batch_size % world:
+    fewest, most = train.batch_size // world, -(-train.batch_size // world)  # rows of a rank
+    micro = train.micro_rows(world)
+    if not fewest or -(-fewest // micro) != -(-most // micro):
         raise UserError(
-            f"train.batch_size {batch_size} is no multiple of the {world} ranks, which go through a step together",
-            fix=f"set it to {-(-batch_size // world) * world}",
+            f"train.batch_size {train.batch_size} gives some of the {world} ranks more micro-batches than others",
+            fix=f"set it to {most * world}, or leave train.micro_batch_size out",
         )
     if model_config.frozen_experts:
         raise UserError("frozen_experts are not kept in sharded training", fix="leave parallel: out")
@@ -89,6 +92,8 @@ def check_sharding(layout: Layout, model_config: Any, batch_size: int) -> None:
 
 def shard(model: Any, layout: Layout) -> Any:
     """Shard a model in place; every rank has the same weights, and keeps its part."""
+    if layout.replicate_size * layout.fsdp_size == 1:
+        return model
     config = DistributedConfig(
         fsdp_size=layout.fsdp_size, dp_replicate_size=layout.replicate_size, ep_size=layout.expert_size
     )
