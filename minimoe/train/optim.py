@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from minimoe.config import OptimizerConfig, ScheduleConfig
 from minimoe.device import has_bf16
 from minimoe.model.router import TopKRouter
 from minimoe.ops import accelerated
-from minimoe.train.sharding import fill, is_shared_out, like, local, whole
+from minimoe.train.sharding import is_shared_out, local, on_owners
 
 # Quintic Newton-Schulz coefficients of Muon's authors: singular values go to about [0.7, 1.2] in 5 steps.
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -131,37 +131,48 @@ class Muon(Optimizer):
             raise ValueError("Muon takes no closure")
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        shares: list[tuple[Tensor, Tensor]] = []  # sharded matrices, and the whole of what is added to each
+        pairs: list[tuple[Tensor, Tensor]] = []  # stacks of matrices, and what is to be orthogonalised for each
+        shared: list[tuple[Tensor, Tensor]] = []  # matrices whose rows ranks share out, and our part
         for parameter, halves in zip(group["params"], self._halves, strict=True):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            gradient, buffer = local(parameter.grad), local(state["momentum_buffer"])
+            gradient, buffer, weights = local(parameter.grad), local(state["momentum_buffer"]), local(parameter)
             buffer.lerp_(gradient, 1 - momentum)
             update = torch.lerp(gradient, buffer, momentum)  # Nesterov: look one step ahead
-            weights = local(parameter)
             weights.mul_(1 - lr * group["weight_decay"])
             if parameter.ndim == 2 and is_shared_out(parameter):
-                # Ranks share out the rows of a matrix, and its direction needs all of them.
-                update, weights = whole(like(parameter, update)), torch.zeros(parameter.shape).to(weights)
-                shares.append((parameter, weights))
-            for target, part in zip(_matrices(weights, halves), _matrices(update, halves), strict=True):
-                if part.shape[0]:
-                    by_shape[part.shape[-2:]].append((target, part))
-        for (rows, columns), pairs in by_shape.items():
-            directions = newton_schulz(torch.cat([part for _, part in pairs]))
-            scale = -lr * max(1.0, rows / columns) ** 0.5
-            for (target, _), direction in zip(
-                pairs, directions.split([part.shape[0] for _, part in pairs]), strict=True
-            ):
-                target.add_(direction, alpha=scale)
-        for parameter, change in shares:
-            mine = torch.zeros_like(parameter)
-            fill(mine, change)
-            local(parameter).add_(local(mine))
+                shared.append((parameter, update))
+            else:  # ranks share out a stack by whole matrices
+                pairs += zip(_matrices(weights, halves), _matrices(update, halves), strict=True)
+        directions = orthogonal([update for _, update in pairs])
+        if shared:
+            parameters, updates = zip(*shared, strict=True)
+            pairs += [(local(parameter), parameter) for parameter in parameters]
+            directions += on_owners(
+                parameters,
+                updates,
+                lambda whole: [stack[0] for stack in orthogonal([matrix[None] for matrix in whole])],
+            )
+        for (target, like), direction in zip(pairs, directions, strict=True):
+            rows, columns = like.shape[-2:]
+            target.add_(direction, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonal(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """`newton_schulz` of each stack (n, rows, columns), all matrices of one shape in one batch."""
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for place, stack in enumerate(stacks):
+        by_shape[stack.shape[-2:]].append(place)
+    found: dict[int, Tensor] = {}
+    for places in by_shape.values():
+        sizes = [len(stacks[place]) for place in places]
+        matrices = torch.cat([stacks[place] for place in places])
+        directions = newton_schulz(matrices) if len(matrices) else matrices  # other ranks may have them all
+        found |= zip(places, directions.split(sizes), strict=True)
+    return [found[place] for place in range(len(stacks))]
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:

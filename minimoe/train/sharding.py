@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -155,6 +156,59 @@ def _order_of_sharding(tensor: DTensor) -> list[int]:
     """Mesh dimensions, outermost cut first: a strided placement was cut after the plain ones."""
     strided = [dim for dim, placement in enumerate(tensor.placements) if type(placement).__name__ == "_StridedShard"]
     return [dim for dim in range(tensor.device_mesh.ndim) if dim not in strided] + strided
+
+
+def on_owners(
+    sharded: Sequence[Tensor], parts: Sequence[Tensor], function: Callable[[list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
+    """A function of whole matrices whose rows the ranks of a replica share out: each rank computes those that it owns.
+
+    Two exchanges, in which a rank sends its share of the matrices once there and once back; an all-gather would send
+    as many times more as there are ranks, and all would compute the same.
+
+    Args:
+        sharded: parameters (rows, columns), shared out by their rows over one mesh.
+        parts: what this rank has of each matrix.
+        function: of the matrices that a rank owns; the results have their shapes, and one dtype.
+
+    Returns:
+        What this rank has of each result.
+    """
+    mesh, placements = sharded[0].device_mesh, sharded[0].placements  # type: ignore[attr-defined]
+    (dim,) = (place for place, placement in enumerate(placements) if placement.is_shard())
+    group, ranks, me = mesh.get_group(dim), mesh.size(dim), mesh.get_local_rank(dim)
+    rows = [[len(chunk) for chunk in torch.arange(len(p)).chunk(ranks)] for p in sharded]
+    rows = [sizes + [0] * (ranks - len(sizes)) for sizes in rows]  # of each matrix on each rank
+    owned = [[n for n in range(len(parts)) if n % ranks == rank] for rank in range(ranks)]
+    columns = [p.shape[1] for p in sharded]
+
+    def exchange(sent: list[list[Tensor]], sizes: list[int], like: Tensor) -> list[Tensor]:
+        flat = [torch.cat([x.flatten() for x in to]) if to else like.new_empty(0) for to in sent]
+        received = like.new_empty(sum(sizes))
+        dist.all_to_all_single(received, torch.cat(flat), sizes, [len(x) for x in flat], group=group)
+        return list(received.split(sizes))
+
+    # To the owners: from each rank its rows of my matrices.
+    sizes = [sum(rows[n][rank] * columns[n] for n in owned[me]) for rank in range(ranks)]
+    found = exchange([[parts[n] for n in owned[rank]] for rank in range(ranks)], sizes, parts[0])
+    pieces = [x.split([rows[n][rank] * columns[n] for n in owned[me]]) for rank, x in enumerate(found)]
+    whole_ones = [
+        torch.cat([piece[place].view(-1, columns[n]) for piece in pieces]) for place, n in enumerate(owned[me])
+    ]
+    results = function(whole_ones) if whole_ones else []
+    dtype = results[0].dtype if results else None
+    # Back: to each rank its rows of my results. A rank that owns nothing learns the dtype from what it would make.
+    kind = function([parts[0].new_zeros(1, 1)])[0].dtype if dtype is None else dtype
+    like = parts[0].new_empty(0, dtype=kind)
+    back = [
+        [result.split(rows[n])[rank] for n, result in zip(owned[me], results, strict=True)] for rank in range(ranks)
+    ]
+    sizes = [sum(rows[n][me] * columns[n] for n in owned[rank]) for rank in range(ranks)]
+    mine: dict[int, Tensor] = {}
+    for rank, x in enumerate(exchange(back, sizes, like)):
+        for n, piece in zip(owned[rank], x.split([rows[n][me] * columns[n] for n in owned[rank]]), strict=True):
+            mine[n] = piece.view(-1, columns[n])
+    return [mine[n] for n in range(len(parts))]
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
