@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,22 +151,23 @@ def test_a_checkpoint_is_that_of_one_process(layout, runs):
         assert "distributed_config" not in saved
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_run_saved_on_one_layout_goes_on_on_another(name, runs, tmp_path):
+def test_a_run_saved_on_one_layout_goes_on_on_another(runs, tmp_path):
     """From the checkpoint of step 2, on four ranks with experts shared out, to the same end."""
-    import shutil
-
-    folder = tmp_path / "run"
-    shutil.copytree(runs / "fsdp" / name, folder)
-    shutil.rmtree(folder / "checkpoints" / "step-00000004")
-    shutil.rmtree(folder / "final")
-    values = json.loads((runs / f"all-{name}.yaml").read_text()) | {"output_dir": str(folder)}
-    path = tmp_path / "resumed.yaml"
-    path.write_text(json.dumps(values))
-    launch(4, "--resume", "pretrain", str(path))
-    expected, actual = (weights(place / "final") for place in (runs / "one" / name, folder))
-    assert max(relative_error(actual[key], expected[key]) for key in expected) < 10 * CLOSE
-    assert [row["step"] for row in training_rows(folder)] == [1, 2, 3, 4]
+    words = []
+    for name in ("adamw", "muon"):
+        folder = tmp_path / name
+        shutil.copytree(runs / "fsdp" / name, folder)
+        shutil.rmtree(folder / "checkpoints" / "step-00000004")
+        shutil.rmtree(folder / "final")
+        values = json.loads((runs / f"all-{name}.yaml").read_text()) | {"output_dir": str(folder)}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps(values))
+        words += ["pretrain", str(path)]
+    launch(4, "--resume", *words)
+    for name in ("adamw", "muon"):
+        expected, actual = (weights(place / "final") for place in (runs / "one" / name, tmp_path / name))
+        assert max(relative_error(actual[key], expected[key]) for key in expected) < 10 * CLOSE
+        assert [row["step"] for row in training_rows(tmp_path / name)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

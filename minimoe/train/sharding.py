@@ -169,7 +169,7 @@ def on_owners(
     Args:
         sharded: parameters (rows, columns), shared out by their rows over one mesh.
         parts: what this rank has of each matrix.
-        function: of the matrices that a rank owns; the results have their shapes, and one dtype.
+        function: of the matrices that a rank owns; the results have their shapes.
 
     Returns:
         What this rank has of each result.
@@ -182,30 +182,27 @@ def on_owners(
     owned = [[n for n in range(len(parts)) if n % ranks == rank] for rank in range(ranks)]
     columns = [p.shape[1] for p in sharded]
 
-    def exchange(sent: list[list[Tensor]], sizes: list[int], like: Tensor) -> list[Tensor]:
-        flat = [torch.cat([x.flatten() for x in to]) if to else like.new_empty(0) for to in sent]
-        received = like.new_empty(sum(sizes))
+    def exchange(sent: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
+        flat = [torch.cat([parts[0].new_empty(0), *(x.flatten() for x in to)]) for to in sent]
+        received = parts[0].new_empty(sum(sizes))
         dist.all_to_all_single(received, torch.cat(flat), sizes, [len(x) for x in flat], group=group)
         return list(received.split(sizes))
 
     # To the owners: from each rank its rows of my matrices.
     sizes = [sum(rows[n][rank] * columns[n] for n in owned[me]) for rank in range(ranks)]
-    found = exchange([[parts[n] for n in owned[rank]] for rank in range(ranks)], sizes, parts[0])
+    found = exchange([[parts[n] for n in owned[rank]] for rank in range(ranks)], sizes)
     pieces = [x.split([rows[n][rank] * columns[n] for n in owned[me]]) for rank, x in enumerate(found)]
     whole_ones = [
         torch.cat([piece[place].view(-1, columns[n]) for piece in pieces]) for place, n in enumerate(owned[me])
     ]
-    results = function(whole_ones) if whole_ones else []
-    dtype = results[0].dtype if results else None
-    # Back: to each rank its rows of my results. A rank that owns nothing learns the dtype from what it would make.
-    kind = function([parts[0].new_zeros(1, 1)])[0].dtype if dtype is None else dtype
-    like = parts[0].new_empty(0, dtype=kind)
-    back = [
-        [result.split(rows[n])[rank] for n, result in zip(owned[me], results, strict=True)] for rank in range(ranks)
+    results = [
+        result.to(parts[0].dtype).split(rows[n]) for n, result in zip(owned[me], function(whole_ones), strict=True)
     ]
+    # Back: to each rank its rows of my results.
+    back = [[result[rank] for result in results] for rank in range(ranks)]
     sizes = [sum(rows[n][me] * columns[n] for n in owned[rank]) for rank in range(ranks)]
     mine: dict[int, Tensor] = {}
-    for rank, x in enumerate(exchange(back, sizes, like)):
+    for rank, x in enumerate(exchange(back, sizes)):
         for n, piece in zip(owned[rank], x.split([rows[n][me] * columns[n] for n in owned[rank]]), strict=True):
             mine[n] = piece.view(-1, columns[n])
     return [mine[n] for n in range(len(parts))]
