@@ -1,4 +1,4 @@
-"""minimoe beside other implementations and beside itself, in one run; curves.py compares learning instead of speed.
+"""minimoe beside other implementations and beside itself, in one run; for learning there is `minimoe sweep`.
 
     python -m scripts.benchmark                                      all of it, about an hour on 2 cores
     python -m scripts.benchmark --section train --shape fine         a part of it
