@@ -119,6 +119,7 @@ def test_a_sweep_makes_a_table_and_started_again_runs_nothing(tmp_path, config, 
     assert "another config" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_saves_its_runs_and_goes_on(tmp_path, config):
     out = tmp_path / "out"
     words = [sys.executable, "-m", "minimoe.cli", "sweep", str(config), "optimizer.lr=0.01,0.02", "--out", str(out)]
@@ -173,6 +174,7 @@ def test_a_comparison_says_who_wins_only_where_it_is_shown():
     assert "by chance or not" in said[3]
 
 
+@pytest.mark.long
 def test_a_comparison_runs_the_moe_and_its_twins(tmp_path, config, monkeypatch, capsys):
     words = ["compare", str(config), "--seeds", "1", "--out", str(tmp_path / "out"), "--json"]
     (tmp_path / "out").mkdir()  # as a comparison that goes on finds it
