@@ -13,7 +13,7 @@ ruff check .
 echo "== types"
 mypy
 echo "== tests"
-python -m pytest --numprocesses auto --dist loadfile "$@"
+python -m pytest --long --numprocesses auto --dist loadfile "$@" # without --long: the everyday suite
 [ $# -eq 0 ] || exit 0
 
 echo "== the model in plain torch"

@@ -28,16 +28,14 @@ SENTENCES = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--long", action="store_true", help="run the tests that take long too: bash scripts/test.sh --long"
-    )
+    parser.addoption("--long", action="store_true", help="run the tests that take long too, as scripts/test.sh does")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes long: bash scripts/test.sh --long"))
+                item.add_marker(pytest.mark.skip(reason="takes long: pytest --long, or scripts/test.sh"))
 
 
 @pytest.fixture(scope="session")

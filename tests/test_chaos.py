@@ -65,7 +65,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_curve_and_weights(sta
     assert max(seen.redone) <= 2 * SAVE_EVERY
 
 
-@pytest.mark.parametrize("stage", ["lora", "distil", "dpo", "grpo"])
+@pytest.mark.parametrize("stage", ["lora", "distil", "dpo", pytest.param("grpo", marks=pytest.mark.long)])
 def test_a_later_stage_killed_while_it_saves_ends_as_if_nothing_had_happened(stage, lab, reference):
     run = lab.later(stage, f"killed-{stage}", reference.run, max_steps=8, save_every=2)
     undisturbed = Reference.of(run.to(lab.folder / f"{stage}-whole"))
@@ -171,6 +171,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_within_a_minute(kill
     assert wait(processes[killed]) == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_when_a_process_is_killed_the_launcher_ends_with_an_error_and_nobody_is_left(endless):
     launcher = "torch.distributed.run --nproc_per_node 2 --standalone -m minimoe.cli".split()
     command = [sys.executable, "-m", *launcher, endless.command, str(endless.config)]

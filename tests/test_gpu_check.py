@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.gpu_check.__main__ import PARTS, TOTAL_SECONDS, in_a_process
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 def test_parts_run_in_time_and_leave_figures_and_a_page(tmp_path):
     parts = "documents,synchronisation,profile"
     command = ["bash", "scripts/gpu_check.sh", str(tmp_path / "out"), "--device", "cpu", "--parts", parts]
@@ -27,6 +30,7 @@ def test_parts_run_in_time_and_leave_figures_and_a_page(tmp_path):
     assert "only CUDA says when the host waits" in page
 
 
+@pytest.mark.long
 def test_a_part_that_fails_or_takes_too_long_is_said_and_the_others_run(tmp_path):
     """Without CUDA each part fails."""
     command = [sys.executable, "-m", "scripts.gpu_check", str(tmp_path), "--parts", "synchronisation,graphs"]

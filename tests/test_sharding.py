@@ -29,8 +29,6 @@ LAYOUTS = {
     "replicas": {"replicate_size": 2},
     "all": {"replicate_size": 2, "expert_size": 2},
 }
-# The last two are of four ranks.
-EVERY = ["fsdp", "experts", *(pytest.param(name, marks=pytest.mark.long) for name in ("replicas", "all"))]
 # Sums in another order, each rounded to 6e-8, over four steps of a loss near 6.
 CLOSE = 1e-5
 
@@ -53,7 +51,7 @@ def launch(ranks: int, *words: str, check: bool = True) -> subprocess.CompletedP
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory, tiny_tokenizer_dir) -> Path:
+def runs(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     """What one process and several ranks made of the same configs."""
     root = tmp_path_factory.mktemp("sharding")
     (root / "stories.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in STORIES * 3))
@@ -112,12 +110,11 @@ def runs(request, tmp_path_factory, tiny_tokenizer_dir) -> Path:
 
 
 CASES = [(layout, name) for layout in ("fsdp", "experts") for name in ("adamw", "muon", "idle", "sft")]
-FOUR = [
-    pytest.param(layout, name, marks=pytest.mark.long) for layout in ("replicas", "all") for name in ("adamw", "muon")
-]
+CASES += [(layout, name) for layout in ("replicas", "all") for name in ("adamw", "muon")]  # of four ranks
 
 
-@pytest.mark.parametrize(("layout", "name"), [*CASES, *FOUR])
+@pytest.mark.long
+@pytest.mark.parametrize(("layout", "name"), CASES)
 def test_every_layout_equals_one_process(layout, name, runs):
     one, other = (training_rows(runs / place / name) for place in ("one", layout))
     assert len(one) == len(other) == 4
@@ -131,7 +128,8 @@ def test_every_layout_equals_one_process(layout, name, runs):
     assert [row["val_loss"] for row in found_too] == pytest.approx([row["val_loss"] for row in checked], rel=CLOSE)
 
 
-@pytest.mark.parametrize("layout", EVERY)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_samples_are_those_of_one_process(layout, runs):
     def texts(place: str) -> list[str]:
         lines = (runs / place / "muon" / "samples.jsonl").read_text().splitlines()
@@ -141,7 +139,8 @@ def test_samples_are_those_of_one_process(layout, runs):
     assert texts(layout) == texts("one")
 
 
-@pytest.mark.parametrize("layout", EVERY)
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_is_that_of_one_process(layout, runs):
     for name in ("adamw", "muon"):
         one, other = (runs / place / name / "checkpoints" / "step-00000004" for place in ("one", layout))
@@ -155,6 +154,7 @@ def test_a_checkpoint_is_that_of_one_process(layout, runs):
         assert "distributed_config" not in saved
 
 
+@pytest.mark.long
 def test_a_run_saved_on_one_layout_goes_on_on_another(runs, tmp_path):
     """From the checkpoint of step 2, with experts shared out, to the same end."""
     words = []

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import relative_error, tiny_model
 from tiny_runs import CHATS, MODEL, STORIES, training_rows
 
+pytestmark = pytest.mark.long
 WORKER = Path(__file__).with_name("stages_on_ranks.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 PAIRS = [

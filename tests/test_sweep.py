@@ -92,6 +92,7 @@ def test_a_run_waits_between_steps_until_it_is_given_a_turn():
     assert not turns.wait()  # nobody gives turns any more
 
 
+@pytest.mark.long
 def test_a_sweep_makes_a_table_and_started_again_runs_nothing(tmp_path, config, monkeypatch, capsys):
     words = ["sweep", str(config), "model.vocab_size=448,16", "--seeds", "2"]
     words += ["--out", str(tmp_path / "out"), "--json"]
