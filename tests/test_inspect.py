@@ -40,6 +40,7 @@ def make_routing(experts: np.ndarray, tokens: np.ndarray, num_experts: int, leng
         weights=np.full((count, 1, experts.shape[1]), 0.5),
         layers=[0],
         num_experts=num_experts,
+        computing=num_experts,
     )
 
 
@@ -164,6 +165,18 @@ def test_documents_do_not_depend_on_their_neighbours_and_sources_share_the_token
         alone = route_prompt(model, tokenizer, text)
         first = np.flatnonzero(routing.sources == source)[: len(alone.tokens)]
         assert np.array_equal(routing.experts[first], alone.experts)
+
+
+@pytest.mark.parametrize("overrides", [{"router_type": "top_p"}, {"num_zero_computation_experts": 2}], ids=str)
+def test_choices_that_compute_nothing_are_named(overrides, tiny_tokenizer, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    sizes = MODEL | {"initializer_range": 0.5} | overrides  # so sure that some slots are open
+    new_model(sizes, tiny_tokenizer, 64, "").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    words = ["inspect", str(tmp_path / "model"), "--prompt", "The cat sat on the mat and looked at the moon."]
+    assert run_command(monkeypatch, *words, "--html", str(tmp_path / "page.html"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["note"].startswith("numbers from 4 on compute nothing")
+    assert "numbers from 4 on compute nothing" in (tmp_path / "page.html").read_text()
 
 
 def test_a_page_and_json(model_dir, write_jsonl, tmp_path, monkeypatch, capsys):

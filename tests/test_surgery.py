@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny_runs import MODEL, STORIES, run_command
 
+from minimoe.config import SftRun
+from minimoe.errors import UserError
 from minimoe.inspect.surgery import Measured, ablated, compare, measure, merged, pruned, revived
 from minimoe.loading import load_minimoe
 from minimoe.model.config import architecture_problems
@@ -206,6 +208,15 @@ def test_training_leaves_frozen_experts_as_they_are(trained_folder, optimizer, s
             assert [e for e in range(4) if same[e]] == kept
             assert [e for e in range(4) if not same[e]] == moved
         assert not torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_adapters_on_a_model_with_frozen_experts_are_refused(trained_folder, sft_config):
+    config = json.loads((trained_folder / "config.json").read_text())
+    (trained_folder / "config.json").write_text(json.dumps(config | {"frozen_experts": {"0": [1]}}))
+    values = sft_config(trained_folder, output="lora").model_dump(mode="json") | {"lora": {}}
+    values["optimizer"] = {"name": "adamw"}
+    with pytest.raises(UserError, match="frozen_experts and lora"):
+        sft.run(SftRun.model_validate(values))
 
 
 def test_experts_that_are_not_there_cannot_be_frozen():

@@ -18,6 +18,7 @@ from minimoe.errors import UserError
 from minimoe.inspect.compare import MOE, TWINS, dense_twin, findings
 from minimoe.inspect.results import Result, interval, verdict
 from minimoe.inspect.sweep import Budget, split_values, steps_of, variants_of
+from minimoe.inspect.trials import slug
 from minimoe.model.config import num_parameters, with_defaults
 from minimoe.train.turns import Turns
 
@@ -142,6 +143,34 @@ def test_a_sweep_that_is_stopped_saves_its_runs_and_goes_on(tmp_path, config):
     for file in rows:
         steps = [json.loads(line)["step"] for line in file.read_text().splitlines() if '"loss"' in line]
         assert steps == list(range(1, 41))
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_while_it_waits_is_noted_and_the_others_go_on(tmp_path, config):
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "minimoe.cli", "sweep", str(config), "optimizer.lr=0.01,0.02", "--out", str(out)]
+    environment = os.environ | {"MINIMOE_FAILPOINTS": "train.step=sleep:1"}
+    words += ["train.max_steps=12", "--json"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    rows, status = (out / "optimizer.lr=0.01" / "seed-0" / name for name in ("metrics.jsonl", "status.json"))
+    deadline = time.monotonic() + 120
+    while not rows.exists() or rows.read_text().count("\n") < 4:  # its first turn is over then, or nearly
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGKILL)
+    found = json.loads(process.communicate(timeout=120)[0])
+    assert process.returncode == 0
+    first, second = found["variants"]
+    assert "exit code -9" in first["failures"][0]
+    assert (second["seeds"], second["failures"]) == (1, [])
+
+
+def test_long_names_of_variants_are_short_folders_and_different_ones():
+    long = "model.router_type=top_p " * 20
+    assert slug("optimizer.lr=0.1 seed=2") == "optimizer.lr=0.1_seed=2"
+    assert len(slug(long)) < 120
+    assert slug(long) != slug(long + "x")
 
 
 def test_the_dense_twins_have_as_many_parameters(pretrain_config):

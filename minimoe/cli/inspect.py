@@ -10,6 +10,8 @@ import typer
 from minimoe.cli.app import OVERRIDES, Config, Device, ModelDir, Overrides, app, large_imports
 from minimoe.errors import UserError
 
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
+
 
 @app.command(epilog="Example: minimoe report runs/quickstart/pretrain; minimoe report runs/a runs/b --out compare.html")
 def report(
@@ -38,7 +40,7 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="estimate for so many GPUs by formulas alone")] = None,
     gpu: Annotated[str, typer.Option(metavar="KIND", help="a100, h100, h200, b200 or rtx4090")] = "h100",
-    json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    json_output: AsJson = False,
 ) -> None:
     """What a run will cost: parameters, memory, time and disk, from a few of its steps in a temporary folder."""
     from minimoe.config import TrainingRun
@@ -53,7 +55,6 @@ def plan(
 
 Seeds = Annotated[int, typer.Option(min=1, help="runs of each, with seeds 0, 1, ...")]
 Out = Annotated[str | None, typer.Option(metavar="DIR", help="folder of all runs [output_dir with a suffix]")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
 
 
 @app.command(
@@ -132,7 +133,7 @@ def inspect_command(
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="write a page to point at tokens and experts")
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    json_output: AsJson = False,
     device: Device = "auto",
 ) -> None:
     """Which experts tokens use, what each expert is for, and how much their choice tells of a token."""
@@ -180,7 +181,7 @@ def experts(
     keep: Annotated[int | None, typer.Option(min=1, help="prune, merge: experts that each layer has then")] = None,
     layer: Annotated[int | None, typer.Option(help="ablate, freeze: of the expert; without: each")] = None,
     expert: Annotated[int | None, typer.Option(help="ablate, freeze: its number in the layer")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    json_output: AsJson = False,
     device: Device = "auto",
 ) -> None:
     """Take out, put together, revive or freeze experts; shows the change of the loss with its interval."""

@@ -19,21 +19,20 @@ PER_NODE = 8
 
 
 class Gpu(NamedTuple):
-    """As its maker states: dense bf16 operations and bytes a second, bytes of memory, one direction of its links."""
+    """As its maker states: dense bf16 operations a second, bytes of memory, one direction of its links."""
 
     flops: float
     memory: float
-    bandwidth: float
     inside: float  # bytes a second to the GPUs of the same node
     outside: float  # to other nodes
 
 
 GPUS = {
-    "a100": Gpu(312e12, 80e9, 2.0e12, 300e9, 25e9),
-    "h100": Gpu(989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "h200": Gpu(989e12, 141e9, 4.8e12, 450e9, 50e9),
-    "b200": Gpu(2250e12, 180e9, 8.0e12, 900e9, 50e9),
-    "rtx4090": Gpu(165e12, 24e9, 1.0e12, 25e9, 12e9),
+    "a100": Gpu(312e12, 80e9, 300e9, 25e9),
+    "h100": Gpu(989e12, 80e9, 450e9, 50e9),
+    "h200": Gpu(989e12, 141e9, 450e9, 50e9),
+    "b200": Gpu(2250e12, 180e9, 900e9, 50e9),
+    "rtx4090": Gpu(165e12, 24e9, 25e9, 12e9),
 }
 UTILISATION = 0.35  # of those operations that a training step is taken to reach, without what it waits for
 
@@ -48,7 +47,7 @@ class Traffic(NamedTuple):
 
 def traffic(
     values: Mapping[str, Any],
-    layout: Any,
+    layout: Layout,
     tokens: int,
     micro_batches: int,
     activation_bytes: int,

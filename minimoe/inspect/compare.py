@@ -14,13 +14,12 @@ from minimoe.config import PretrainRun, TrainingRun
 from minimoe.config.file import load_config
 from minimoe.errors import UserError
 from minimoe.inspect.results import Result, show
-from minimoe.inspect.sweep import Budget, progress_bar, steps_of
-from minimoe.inspect.trials import Trial, as_trial, is_finished, run_trials, slug, step_seconds
+from minimoe.inspect.sweep import Budget, steps_of
+from minimoe.inspect.trials import Trial, progress_bar, run_by_seeds, step_seconds
 from minimoe.model.config import with_defaults
 
 MOE = "MoE"
 TWINS = {"dense, equal active": True, "dense, equal total": False}
-AXES = ("tokens", "seconds")
 
 
 def dense_twin(config: PretrainRun, active: bool) -> PretrainRun:
@@ -31,7 +30,7 @@ def dense_twin(config: PretrainRun, active: bool) -> PretrainRun:
     width = (routed + values["n_shared_experts"]) * values["moe_intermediate_size"]
     mean = (dense * values["intermediate_size"] + (layers - dense) * width) / layers
     own = {"first_k_dense_replace": layers, "intermediate_size": max(round(mean), 1)}
-    own |= {"router_bias_update_rate": 0.0, "num_zero_computation_experts": 0}
+    own |= {"router_bias_update_rate": 0.0, "num_zero_computation_experts": 0, "frozen_experts": None}
     dumped = config.model_dump(mode="json")
     return PretrainRun.model_validate(dumped | {"model": {**(config.model or {}), **own}})
 
@@ -70,25 +69,14 @@ def run(
 def run_all(moe: PretrainRun, seconds: float | None, folder: Path, *, seeds: int) -> list[Trial]:
     """The MoE once, each twin twice: with the MoE's tokens, and with its seconds."""
     configs = {MOE: moe} | {name: dense_twin(moe, active) for name, active in TWINS.items()}
-    with progress_bar() as (bar, task):
-        bar.update(task, description="a few steps of each, to see what they take")
-        timed = step_seconds(configs, folder, len(configs), lambda: None)
+    with progress_bar() as bar:
+        timed = step_seconds(configs, folder, len(configs), bar)
         steps = steps_of(moe, Budget("seconds" if seconds else "steps", seconds), timed[MOE])
         planned = [(MOE, moe, steps)]
         for name in TWINS:
             planned.append((f"{name}, tokens", configs[name], steps))
             planned.append((f"{name}, seconds", configs[name], max(round(steps * timed[MOE] / timed[name]), 1)))
-        trials = [
-            as_trial(config, name, folder / slug(name) / f"seed-{seed}", seed, count)
-            for seed in range(seeds)
-            for name, config, count in planned
-        ]
-        bar.update(task, total=len(trials), completed=sum(map(is_finished, trials)))
-        for seed in range(seeds):
-            bar.update(task, description=f"seed {seed}")
-            group = [trial for trial in trials if trial.seed == seed]
-            run_trials(group, len(group), lambda: bar.update(task, completed=sum(map(is_finished, trials))))
-    return trials
+        return run_by_seeds(planned, folder, seeds, len(planned), bar)
 
 
 def findings(found: Sequence[Result]) -> list[str]:
@@ -114,8 +102,5 @@ def findings(found: Sequence[Result]) -> list[str]:
 
 
 def _tokens(one: Result, moe: Result) -> str:
-    tokens, seconds = (
-        [f"{run.tokens / 1e6:.2f}M" for run in (one, moe)],
-        f"{one.seconds:.0f} s against {moe.seconds:.0f} s",
-    )
-    return f"{' tokens against '.join(tokens)}, {seconds}"
+    tokens = f"{one.tokens / 1e6:.2f}M tokens against {moe.tokens / 1e6:.2f}M"
+    return f"{tokens}, {one.seconds:.0f} s against {moe.seconds:.0f} s"

@@ -219,20 +219,11 @@ def cluster_plan(config: TrainingRun, gpus: int, gpu: str) -> Plan:
         found = choose(architecture, work, gpus, gpu)
     else:
         found = estimate(architecture, work, gpus, gpu, resolve(config.parallel, gpus))
-    total, active = (num_parameters(architecture, active=choice) for choice in (False, True))
-    tokens = train.max_steps * train.batch_size * length
-    per_token = TRAINING * sum(flops_by_part(architecture, length).values())
-    available = int(GPUS[gpu].memory)
     plan = Plan(
-        stage=config.stage,
-        parameters={"total": total, "active": active, "trained": total, "by_part": parameters_by_part(architecture)},
-        flops={"per_token": per_token, "total": per_token * tokens, "by_part": flops_by_part(architecture, length)},
-        steps=train.max_steps,
-        tokens=tokens,
-        tokens_per_parameter=tokens / total,
+        **_arithmetic(config, architecture),
         memory={
             "peak_bytes": int(found.memory_bytes),
-            "available_bytes": available,
+            "available_bytes": int(GPUS[gpu].memory),
             "by_kind": found.memory,
             "fits": found.fits,
         },
@@ -245,6 +236,27 @@ def cluster_plan(config: TrainingRun, gpus: int, gpu: str) -> Plan:
     if not found.fits:
         plan.advice.append("does not fit: more GPUs, a smaller train.micro_batch_size, or train.gradient_checkpointing")
     return plan
+
+
+def _arithmetic(config: TrainingRun, architecture: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan that nothing has to run for; None for what the number of steps would tell."""
+    total, active = (num_parameters(architecture, active=choice) for choice in (False, True))
+    flops, steps = flops_by_part(architecture, config.data.sequence_length), config.train.max_steps
+    per_token = TRAINING * sum(flops.values())
+    tokens = None if steps is None else steps * config.train.batch_size * config.data.sequence_length
+    return {
+        "stage": config.stage,
+        "parameters": {
+            "total": total,
+            "active": active,
+            "trained": total,
+            "by_part": parameters_by_part(architecture),
+        },
+        "flops": {"per_token": per_token, "total": None if tokens is None else per_token * tokens, "by_part": flops},
+        "steps": steps,
+        "tokens": tokens,
+        "tokens_per_parameter": None if tokens is None else tokens / total,
+    }
 
 
 def too_large(config: TrainingRun, available: int) -> Plan | None:
@@ -270,18 +282,8 @@ def too_large(config: TrainingRun, available: int) -> Plan | None:
         advice += f"; the smallest change that fits: model.num_experts={experts}"
     else:
         advice += "; lower model.hidden_size or model.num_hidden_layers"
-    total, active = (num_parameters(architecture, active=choice) for choice in (False, True))
-    flops = flops_by_part(architecture, config.data.sequence_length)
-    per_token = TRAINING * sum(flops.values())
-    steps = config.train.max_steps
-    tokens = None if steps is None else steps * config.train.batch_size * config.data.sequence_length
     return Plan(
-        stage=config.stage,
-        parameters={"total": total, "active": active, "trained": total, "by_part": parameters_by_part(architecture)},
-        flops={"per_token": per_token, "total": None if tokens is None else per_token * tokens, "by_part": flops},
-        steps=steps,
-        tokens=tokens,
-        tokens_per_parameter=None if tokens is None else tokens / total,
+        **_arithmetic(config, architecture),
         memory={"peak_bytes": needed(architecture), "available_bytes": available, "by_kind": {}, "fits": False},
         time={"seconds": None},
         disk_bytes=0,

@@ -41,6 +41,14 @@ class Routing:
     weights: np.ndarray  # (N, L, k)
     layers: list[int]  # the model's numbers of the MoE layers
     num_experts: int  # choices of a router; one more, the last, for slots left open, if the model has such
+    computing: int  # experts among them; later numbers compute nothing
+
+    @property
+    def note(self) -> str:
+        """What a reader of expert numbers must know; empty for most models."""
+        if self.computing == self.num_experts:
+            return ""
+        return f"numbers from {self.computing} on compute nothing: zero-computation experts, or slots left open"
 
     def load(self) -> np.ndarray:
         """(L, E): each expert's tokens over a fair share."""
@@ -168,7 +176,9 @@ def _collect(model: Any, tokenizer: Any, sources: Sequence[tuple[str, Any]], mos
     ids_here = np.unique(joined["tokens"]).tolist()
     texts = dict(zip(ids_here, tokenizer.batch_decode([[token] for token in ids_here]), strict=True))
     names = [name for name, _ in sources]
-    return Routing(**joined, texts=texts, source_names=names, layers=layers, num_experts=choices)
+    return Routing(
+        **joined, texts=texts, source_names=names, layers=layers, num_experts=choices, computing=config.num_experts
+    )
 
 
 _COLUMNS = ("tokens", "documents", "positions", "sources", "experts", "weights")

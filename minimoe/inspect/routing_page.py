@@ -64,6 +64,8 @@ def run(
     if not console.is_terminal:
         console.width = 120
     console.print(coloured(routing, shown))
+    if routing.note:
+        console.print(Text(routing.note, style="dim"))
     if data:
         console.print(_experts_table(routing, shown))
         console.print(_specialisation_table(found))
@@ -94,6 +96,7 @@ def as_json(routing: Routing, found: Sequence[Specialisation]) -> dict[str, Any]
     load = routing.load()
     return {
         "tokens": len(routing.tokens),
+        "note": routing.note,
         "layers": [
             {
                 "layer": layer,
@@ -185,7 +188,8 @@ def write_routing_page(
     write_page(
         file,
         title=f"Experts of {model_dir}",
-        subtitle=f"{len(routing.tokens):,} tokens of {', '.join(routing.source_names)}; {len(shown):,} are shown",
+        subtitle=f"{len(routing.tokens):,} tokens of {', '.join(routing.source_names)}; {len(shown):,} are shown"
+        + (f"; {routing.note}" if routing.note else ""),
         sections=sections,
         template="routing.html.j2",
         tokens_json=Markup(data.replace("<", "\\u003c")),  # so that no text ends the script

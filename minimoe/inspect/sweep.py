@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from minimoe.config import TrainingRun
 from minimoe.config.file import load_config
 from minimoe.errors import UserError
 from minimoe.inspect.results import show
-from minimoe.inspect.trials import Trial, as_trial, is_finished, run_trials, slug, step_seconds
+from minimoe.inspect.trials import progress_bar, run_by_seeds, step_seconds
 from minimoe.model.config import with_defaults
 from minimoe.model.costs import training_flops
 from minimoe.tokenizer import load_tokenizer
@@ -118,34 +114,6 @@ def _flops(config: Any) -> float:
     return training_flops(with_defaults(values), config.data.sequence_length)
 
 
-def run_all(variants: dict[str, TrainingRun], budget: Budget, folder: Path, *, seeds: int, at_once: int) -> list[Trial]:
-    """Every variant with every seed, those of a seed interleaved; what is finished is left alone."""
-    with progress_bar() as (bar, task):
-        timed = dict.fromkeys(variants, 0.0)
-        if budget.kind == "seconds":
-            bar.update(task, description="a few steps of each, to see what they take")
-            timed = step_seconds(variants, folder, at_once, lambda: None)
-        trials = [
-            as_trial(config, name, folder / slug(name) / f"seed-{seed}", seed, steps_of(config, budget, timed[name]))
-            for seed in range(seeds)
-            for name, config in variants.items()
-        ]
-        bar.update(task, total=len(trials), completed=sum(map(is_finished, trials)))
-        for seed in range(seeds):
-            group = [trial for trial in trials if trial.seed == seed]
-            bar.update(task, description=f"seed {seed}")
-            run_trials(group, at_once, lambda: bar.update(task, completed=sum(map(is_finished, trials))))
-    return trials
-
-
-@contextmanager
-def progress_bar() -> Iterator[tuple[Progress, TaskID]]:
-    """On the terminal, of runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield bar, bar.add_task("", total=None)
-
-
 def run(
     config: str,
     words: Sequence[str],
@@ -160,5 +128,8 @@ def run(
     """Run what is missing, then write the table and the page."""
     variants = variants_of(config, words, also)
     folder = Path(out or f"{next(iter(variants.values())).output_dir}-sweep")
-    trials = run_all(variants, budget, folder, seeds=seeds, at_once=at_once)
+    with progress_bar() as bar:
+        timed = step_seconds(variants, folder, at_once, bar) if budget.kind == "seconds" else {}
+        planned = [(name, config, steps_of(config, budget, timed.get(name))) for name, config in variants.items()]
+        trials = run_by_seeds(planned, folder, seeds, at_once, bar)
     show(trials, folder, f"Sweep of {Path(config).name}", f"{budget} for each run", json_output=json_output)

@@ -5,6 +5,7 @@ They take turns on the machine (train/turns.py). Sweeps and comparisons say whic
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,12 +14,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minimoe.config import TrainingRun
 from minimoe.config.file import dump_config
@@ -97,7 +100,36 @@ class _Child:
     back: int  # read end: its end
 
 
-def run_trials(trials: Sequence[Trial], at_once: int, progress: Callable[[], None]) -> None:
+def run_by_seeds(
+    planned: Sequence[tuple[str, TrainingRun, int]], folder: Path, seeds: int, at_once: int, bar: Progress
+) -> list[Trial]:
+    """Every (variant, config, steps) with every seed, those of a seed interleaved; what is finished is left alone."""
+    trials = [
+        as_trial(config, name, folder / slug(name) / f"seed-{seed}", seed, steps)
+        for seed in range(seeds)
+        for name, config, steps in planned
+    ]
+    task = bar.add_task("", total=len(trials))
+
+    def count() -> None:
+        bar.update(task, completed=sum(map(is_finished, trials)))
+
+    count()
+    for seed in range(seeds):
+        bar.update(task, description=f"seed {seed}")
+        run_trials([trial for trial in trials if trial.seed == seed], at_once, count)
+    return trials
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """On the terminal, of runs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield bar
+
+
+def run_trials(trials: Sequence[Trial], at_once: int, progress: Callable[[], None] = lambda: None) -> None:
     """Run what is not finished; a trial that fails is noted, and the others go on.
 
     Args:
@@ -117,7 +149,8 @@ def run_trials(trials: Sequence[Trial], at_once: int, progress: Callable[[], Non
                 _await_turn_end(child, children)
                 progress()
             for child in list(children):
-                os.write(child.give, b".")
+                with suppress(BrokenPipeError):  # it was killed while it waited
+                    os.write(child.give, b".")
                 _await_turn_end(child, children)
                 progress()
 
@@ -184,9 +217,7 @@ def _stoppable(children: list[_Child]) -> Iterator[None]:
 # ---- how many steps fit into a budget ----
 
 
-def step_seconds(
-    configs: Mapping[str, TrainingRun], folder: Path, at_once: int, progress: Callable[[], None]
-) -> dict[str, float]:
+def step_seconds(configs: Mapping[str, TrainingRun], folder: Path, at_once: int, bar: Progress) -> dict[str, float]:
     """What a step takes of each, all of them interleaved; kept in the folder, so that a command that goes on has the
     same figures.
 
@@ -196,12 +227,13 @@ def step_seconds(
     file = folder / "step_seconds.json"
     known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     steps = dict.fromkeys((name for name in configs if name not in known), 8)
+    task = bar.add_task("a few steps of each, to see what they take", total=None)
     while steps:
         trials = [
             as_trial(configs[name], name, folder / "timing" / f"{slug(name)}-{count}", 0, count, timing=True)
             for name, count in steps.items()
         ]
-        run_trials(trials, at_once, progress)
+        run_trials(trials, at_once)
         for trial in trials:
             if trial.failure is not None:
                 raise UserError(f"{trial.variant}: {trial.failure}", where=str(trial.beside(".log")))
@@ -211,11 +243,13 @@ def step_seconds(
                 steps[trial.variant] = min(500, math.ceil(_TIMED_SECONDS / float(seconds.mean())) + _WARM_UP)
             else:
                 del steps[trial.variant]
+    bar.remove_task(task)
     shutil.rmtree(folder / "timing", ignore_errors=True)
     file.write_text(json.dumps(known, indent=1), encoding="utf-8")
     return known
 
 
 def slug(name: str) -> str:
-    """A variant's name as a folder's."""
-    return "".join(sign if sign.isalnum() or sign in "=.-_" else "_" for sign in name).strip("_") or "base"
+    """A variant's name as a folder's; of a long one the beginning, and a digest of all."""
+    plain = "".join(sign if sign.isalnum() or sign in "=.-_" else "_" for sign in name).strip("_") or "base"
+    return plain if len(plain) <= 120 else f"{plain[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minimoe.adapters import has_adapter
+from minimoe.errors import UserError
+
 
 class FrozenExperts:
     """Keeps them: they get no gradient, and after each step their weights are put back, as weight decay moves what has
-    no gradient too. A layer whose experts are all frozen is not trained at all."""
+    no gradient too. A layer whose experts are all frozen is not trained at all.
+
+    Raises:
+        UserError: the model has adapters, which would change what frozen experts compute.
+    """
 
     def __init__(self, model: Any) -> None:
+        if model.config.frozen_experts and has_adapter(model):
+            raise UserError("frozen_experts and lora: adapters would change frozen experts", fix="leave lora: out")
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # stack, its frozen experts, their weights
         for layer, experts in (model.config.frozen_experts or {}).items():
             block = model.model.layers[int(layer)].mlp.experts

@@ -125,15 +125,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """A tensor shared out as another is, of which this rank holds `part`."""
-    if not isinstance(tensor, DTensor):
-        return part
-    return DTensor.from_local(
-        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
-
-
 @torch.no_grad()
 def fill(target: Tensor, values: Tensor) -> None:
     """Put values in place; of a tensor that ranks share out each keeps its part, and nothing is sent."""
@@ -221,8 +212,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     total = torch.linalg.vector_norm(torch.stack(norms))
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grads in by_mesh.values():
-        for grad in grads:
-            (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
+        torch._foreach_mul_([local(grad) for grad in grads], scale)  # as torch's own does
     return float(total)
 
 

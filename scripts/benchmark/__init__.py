@@ -2,7 +2,7 @@
 
     python -m scripts.benchmark                                      all of it, about an hour on 2 cores
     python -m scripts.benchmark --section train --shape fine         a part of it
-    python -m scripts.benchmark --beside ../old --section train decode --out /tmp/beside.md
+    python -m scripts.benchmark --beside ../old --section train decode --out beside.md
 
 The last measures another checkout's `minimoe` as the subject `before`, in the same turns. What each job does is in
 `training.py`, `generation.py` and `machine.py`; they run in processes of their own (`worker.py`), interleaved
