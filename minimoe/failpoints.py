@@ -1,9 +1,9 @@
 """Failpoints: named places in the code where a test makes the process die, wait or fail, switched on from outside.
 
 `MINIMOE_FAILPOINTS=save.renamed@2=kill,train.loss@5=nan` acts at the second passage of `save.renamed` and the fifth
-of `train.loss`; without `@N` at every passage. Actions: `kill` (SIGKILL to this process), `signal:NAME` (this one),
-`sleep:SECONDS`, `full` (as if the disk were full); any other word is returned for the place to act on. Without the
-variable a failpoint costs a dictionary lookup.
+of `train.loss`; without `@N` at every passage, and `train.step#1` on rank 1 alone. Actions: `kill` (SIGKILL to this
+process), `signal:NAME` (this one), `sleep:SECONDS`, `full` (as if the disk were full); any other word is returned for
+the place to act on. Without the variable a failpoint costs a dictionary lookup.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def failpoint(name: str) -> str | None:
     passages[name] += 1
     for entry in spec.split(","):
         place, _, action = entry.partition("=")
+        place, _, rank = place.partition("#")
         place, _, passage = place.partition("@")
-        if place == name and (not passage or int(passage) == passages[name]):
+        here = not rank or rank == os.environ.get("RANK", "0")
+        if place == name and here and (not passage or int(passage) == passages[name]):
             return _act(action)
     return None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from minimoe import adapters
@@ -22,6 +22,7 @@ from minimoe.errors import UserError
 from minimoe.folder import check_folder, read_object
 from minimoe.model.config import MAX_LAYERS, architecture_problems, num_parameters
 from minimoe.model.language_model import MiniMoeForCausalLM
+from minimoe.sharded_files import distinct, in_parts, read_into, read_shapes
 from minimoe.tokenizer import load_tokenizer
 
 FINAL = "final"  # folder of a run that holds the trained model
@@ -53,15 +54,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
     _check_size(folder)
     with quiet_transformers():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # reported below, with the other defects
-                output_loading_info=True,
-            )
+            model, info = (_from_parts if in_parts(folder) else _from_files)(folder, dtype)
         except MemoryError:
             raise
         except Exception as error:  # transformers, safetensors and json raise a dozen kinds for a broken folder
@@ -74,6 +67,32 @@ def load_model(path: str | Path, device: str = "auto", dtype: torch.dtype | str 
     tokenizer = load_tokenizer(str(folder))
     check_vocabulary(model, tokenizer, str(folder))
     return model.to(target).eval(), tokenizer
+
+
+def _from_files(folder: Path, dtype: torch.dtype | str | None) -> tuple[Any, dict[str, Any]]:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported with the other defects
+        output_loading_info=True,
+    )
+    return model, info
+
+
+def _from_parts(folder: Path, dtype: torch.dtype | str | None) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint of a sharded run."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    targets, shapes = distinct(model), read_shapes(folder)
+    info = {"missing_keys": targets.keys() - shapes.keys()}
+    info["mismatched_keys"] = {name for name in targets.keys() & shapes.keys() if targets[name].shape != shapes[name]}
+    if not any(info.values()):
+        read_into(folder, targets)
+    model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.to(dtype) if isinstance(dtype, torch.dtype) else model, info
 
 
 def load_minimoe(path: str | Path, device: str = "auto") -> tuple[MiniMoeForCausalLM, Any]:

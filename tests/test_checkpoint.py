@@ -16,9 +16,9 @@ from minimoe.config import OptimizerConfig
 from minimoe.errors import CheckpointError, StorageError
 from minimoe.train import checkpoint
 from minimoe.train import saver as saver_module
-from minimoe.train.checkpoint import TrainerState
 from minimoe.train.optim import build_optimizers
 from minimoe.train.saver import BackgroundSaver
+from minimoe.train.snapshot import TrainerState, get_rng, restore, take_snapshot
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def trained(tiny_tokenizer):
 
 def save(root, trained, step: int, **state):
     model, optimizers, tokenizer = trained
-    snapshot = checkpoint.take_snapshot(model, optimizers, TrainerState(step=step, **state), [checkpoint.get_rng()])
+    snapshot = take_snapshot(model, optimizers, TrainerState(step=step, **state), [get_rng()])
     return checkpoint.save(root, snapshot, model, tokenizer)
 
 
@@ -45,7 +45,7 @@ def test_a_restored_run_has_the_same_weights_moments_state_and_random_numbers(tm
     expected_draw = torch.rand(3)
     other = tiny_model(seed=1, scoring_func="sigmoid")
     other_optimizers = build_optimizers(other, OptimizerConfig(lr=0.5))
-    state = checkpoint.restore(folder, other, other_optimizers, rank=0)
+    state = restore(folder, other, other_optimizers, rank=0)
     assert state == TrainerState(step=7, tokens=123, best_val_loss=1.5, best_step=3, wandb_run_id="abc")
     assert torch.equal(torch.rand(3), expected_draw)
     for (name, tensor), loaded in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
@@ -173,7 +173,7 @@ def test_every_file_and_folder_is_synced_before_and_the_parents_after_the_rename
 
 def snapshot_of(trained, step: int):
     model, optimizers, _ = trained
-    return checkpoint.take_snapshot(model, optimizers, TrainerState(step=step), [checkpoint.get_rng()])
+    return take_snapshot(model, optimizers, TrainerState(step=step), [get_rng()])
 
 
 def test_background_saves_are_of_the_moment_they_were_asked_for_and_never_two_at_once(tmp_path, trained, monkeypatch):

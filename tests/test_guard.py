@@ -18,6 +18,7 @@ from minimoe.train import checkpoint, guard, pretrain
 from minimoe.train.guard import StepGuard
 from minimoe.train.metrics import CLOCK_FIELDS
 from minimoe.train.optim import build_optimizers
+from minimoe.train.snapshot import TrainerState, get_rng, take_snapshot
 
 TRAIN = TrainConfig(max_steps=1000, max_skipped_steps=2, on_loss_spike="skip")
 
@@ -76,7 +77,7 @@ def test_weights_that_became_non_finite_are_never_saved(tmp_path, tiny_tokenizer
     optimizers = build_optimizers(model, OptimizerConfig())
     with torch.no_grad():
         model.model.norm.weight[3] = math.inf
-    snapshot = checkpoint.take_snapshot(model, optimizers, checkpoint.TrainerState(step=1), [checkpoint.get_rng()])
+    snapshot = take_snapshot(model, optimizers, TrainerState(step=1), [get_rng()])
     with pytest.raises(NonFiniteError, match=r"model.norm.weight has NaN or infinite"):
         checkpoint.save(tmp_path, snapshot, model, tiny_tokenizer)
     assert not list(tmp_path.iterdir())

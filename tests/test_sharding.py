@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import relative_error
 from tiny_runs import CHATS, MODEL, STORIES, rows, training_rows, weights
@@ -19,6 +20,7 @@ from minimoe.config import ParallelConfig
 from minimoe.config.training import TrainConfig
 from minimoe.errors import UserError
 from minimoe.model.config import MiniMoeConfig
+from minimoe.sharded_files import read_into, read_shapes
 from minimoe.train.checkpoint import verify
 from minimoe.train.sharding import check_sharding, resolve
 
@@ -145,9 +147,11 @@ def test_a_checkpoint_is_that_of_one_process(layout, runs):
     for name in ("adamw", "muon"):
         one, other = (runs / place / name / "checkpoints" / "step-00000004" for place in ("one", layout))
         assert verify(other) is None
-        expected, actual = (load_file(folder / "optimizer.safetensors") for folder in (one, other))
+        expected = load_file(one / "optimizer.safetensors")
         moments = {key for key in expected if key.startswith("optimizer.")}
-        assert moments == {key for key in actual if key.startswith("optimizer.")}
+        assert moments == {key for key in read_shapes(other) if key.startswith("optimizer.")}
+        actual = {key: torch.zeros_like(expected[key]) for key in moments}
+        read_into(other, actual)
         for key in moments:
             assert relative_error(actual[key], expected[key]) < 1e-3, key
         saved = json.loads((other / "config.json").read_text())

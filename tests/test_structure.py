@@ -29,7 +29,8 @@ BELOW = {
     "data": {"tokenizer", "conversation", "hub", "user_cache", "config", "errors", "model", "failpoints"},
     "outside": {"errors"},
     "adapters": {"config", "errors", "extras", "folder"},
-    "loading": {"adapters", "tokenizer", "errors", "model", "folder", "device"},
+    "sharded_files": set(),
+    "loading": {"adapters", "tokenizer", "errors", "model", "folder", "device", "sharded_files"},
     "evaluate": {
         "conversation",
         "generation",
@@ -57,7 +58,7 @@ BELOW = {
         "ops",
         "device",
     }
-    | {"tokenizer", "device", "outside"},
+    | {"tokenizer", "device", "outside", "sharded_files"},
     "extras": {"errors"},
     "inspect": {
         "config",

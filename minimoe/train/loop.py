@@ -25,8 +25,7 @@ from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Engine
 from minimoe.loading import FINAL
 from minimoe.ops.onednn import float32_by_onednn
-from minimoe.train import checkpoint
-from minimoe.train.checkpoint import TrainerState
+from minimoe.train.checkpoint import save_weights, written_whole
 from minimoe.train.facts import write_facts
 from minimoe.train.files import CHECKPOINTS
 from minimoe.train.frozen import FrozenExperts
@@ -49,7 +48,9 @@ from minimoe.train.reporter import Reporter
 from minimoe.train.resume import resume as resume_run
 from minimoe.train.run_folder import claim_folder, run_folder
 from minimoe.train.saver import BackgroundSaver
+from minimoe.train.sharded_checkpoint import Ranks, save_model
 from minimoe.train.sharding import check_sharding, clip_grad_norm, is_sharded, resolve, shard
+from minimoe.train.snapshot import TrainerState, get_rng, take_snapshot
 from minimoe.train.turns import Turns
 
 
@@ -170,8 +171,10 @@ def _prepare(
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
+    ranks = None
     if config.parallel is not None:
         model = shard(model, resolve(config.parallel, accelerator.num_processes))
+        ranks = Ranks(config.parallel.timeout_seconds) if is_sharded(model) else None
     frozen = FrozenExperts(model)
     optimizers = build_optimizers(model, config.optimizer)
     model.model.moves_selection_bias = True
@@ -206,7 +209,7 @@ def _prepare(
         total_steps=total_steps,
         stop=stop,
         logger=logger,
-        saver=BackgroundSaver(folder / CHECKPOINTS, model, tokenizer, train.keep_last),
+        saver=BackgroundSaver(folder / CHECKPOINTS, model, tokenizer, train.keep_last, ranks),
         reporter=reporter,
         logged_tokens=state.tokens,
         logged_seconds=logger.seconds,
@@ -242,12 +245,11 @@ def _loop(run: Run) -> None:
         run.saver.check()
         stopping = run.stop.agreed(run.accelerator) and not run.done
         if run.due(train.save_every) or stopping:
-            rng = gather_object([checkpoint.get_rng()])
+            rng = gather_object([get_rng()])
             if run.has_all_weights:
                 data = run.data.train.state_tensors(state.step)
-                snapshot = checkpoint.take_snapshot(run.model, run.optimizers, state, rng, data)
-                if run.accelerator.is_main_process:
-                    run.saver.submit(snapshot)
+                snapshot = take_snapshot(run.model, run.optimizers, state, rng, data)
+                run.saver.submit(snapshot)
         if stopping:
             run.saver.wait()
             run.accelerator.wait_for_everyone()
@@ -344,10 +346,10 @@ def _preempted(run: Run) -> Preempted:
 def _finish(run: Run) -> Path:
     """The trained model as a plain model folder."""
     final = Path(run.config.output_dir) / FINAL
-    if run.has_all_weights:
-        weights = checkpoint.whole_weights(run.model)
-    if run.accelerator.is_main_process:
-        with checkpoint.written_whole(final) as temporary:
-            checkpoint.save_weights(run.model, run.tokenizer, temporary, weights)
+    if is_sharded(run.model):
+        save_model(run.model, run.tokenizer, final if run.accelerator.is_main_process else None)
+    elif run.accelerator.is_main_process:
+        with written_whole(final) as temporary:
+            save_weights(run.model, run.tokenizer, temporary)
     run.accelerator.wait_for_everyone()
     return final

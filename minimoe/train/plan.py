@@ -19,11 +19,11 @@ from minimoe.data.formats import left_aside
 from minimoe.device import has_bf16
 from minimoe.model.config import num_parameters
 from minimoe.ops.onednn import float32_by_onednn
-from minimoe.train import checkpoint
 from minimoe.train.metrics import duration
 from minimoe.train.objectives import Step
 from minimoe.train.optim import Muon, newton_schulz
 from minimoe.train.sharding import local, resolve
+from minimoe.train.snapshot import get_rng, set_rng
 
 if TYPE_CHECKING:
     from minimoe.train.loop import Run
@@ -97,7 +97,7 @@ def estimate_step_seconds(run: Run) -> float:
     sharded model all ranks do it together."""
     if run.config.stage == "grpo":  # whose steps take as long as the model's answers are
         return 0.0
-    rng, model, accelerator = checkpoint.get_rng(), run.model, run.accelerator
+    rng, model, accelerator = get_rng(), run.model, run.accelerator
     micro = run.data.train.batch(0, run.micro_rows).to(accelerator.device)
     model.train()
     times = []
@@ -116,7 +116,7 @@ def estimate_step_seconds(run: Run) -> float:
                 newton_schulz(part if part.ndim == 3 else part[None])
     _synchronise(accelerator)
     orthogonalisation = time.perf_counter() - start
-    checkpoint.set_rng(rng)
+    set_rng(rng)
     micros = math.ceil(run.config.train.batch_size / run.micro_rows / accelerator.num_processes)
     return times[-1] * micros + orthogonalisation
 

@@ -15,7 +15,7 @@ from minimoe.adapters import check_same_base, has_adapter
 from minimoe.errors import UserError
 from minimoe.model.config import MiniMoeConfig
 from minimoe.train import checkpoint
-from minimoe.train.checkpoint import TrainerState
+from minimoe.train.snapshot import TrainerState, load_state, restore
 
 # What a resumed run must share with the one it continues; every other change of the config is only logged.
 _FIXED = ("seed", "data.sequence_length", "train.batch_size", "optimizer.name")
@@ -45,7 +45,7 @@ def resume(
         accelerator.print(f"checkpoint {name} is set aside: {reason}")
     if found is None:
         return fresh
-    recorded = checkpoint.load_state(found)
+    recorded = load_state(found)
     changes = _changes(recorded.config, fresh.config)
     conflicts = {key: change for key, change in changes.items() if key in _FIXED or key.startswith(_FIXED_SECTIONS)}
     conflicts |= _architecture_changes(json.loads((found / "config.json").read_text()), model.config.to_dict())
@@ -65,7 +65,7 @@ def resume(
             fix="restore the data and the data section of the config, or start a new run with another output_dir",
         )
     accelerator.print(f"resuming from {found}" + (f", with {_listed(changes)}" if changes else ""))
-    state = checkpoint.restore(found, model, optimizers, accelerator.process_index, load_data)
+    state = restore(found, model, optimizers, accelerator.process_index, load_data)
     state.config = fresh.config
     return state
 

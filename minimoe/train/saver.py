@@ -7,7 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from minimoe.train.checkpoint import Snapshot, prune, save
+from minimoe.errors import MinimoeError
+from minimoe.train import sharded_checkpoint
+from minimoe.train.checkpoint import prune, save
+from minimoe.train.sharded_checkpoint import Ranks
+from minimoe.train.snapshot import Snapshot
 
 
 class BackgroundSaver:
@@ -18,10 +22,12 @@ class BackgroundSaver:
     Args:
         model, tokenizer: give the config and the file formats; the weights are the snapshot's.
         keep_last: newest verified checkpoints kept, beside the best one.
+        ranks: of a sharded model, all of which save together; None saves alone.
     """
 
-    def __init__(self, root: Path, model: Any, tokenizer: Any, keep_last: int) -> None:
+    def __init__(self, root: Path, model: Any, tokenizer: Any, keep_last: int, ranks: Ranks | None = None) -> None:
         self._root, self._model, self._tokenizer, self._keep_last = root, model, tokenizer, keep_last
+        self._ranks = ranks
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
 
@@ -32,7 +38,9 @@ class BackgroundSaver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._thread.shutdown(wait=True)
-        if kind is None:  # otherwise the error that ends the run is the one to report
+        # Otherwise the error that ends the run is the one to report, unless it is the echo of a save that failed: ranks
+        # that have seen it are gone already, and what comes after fails on those that have not.
+        if kind is None or not issubclass(kind, MinimoeError):
             self.wait()
 
     def submit(self, snapshot: Snapshot) -> None:
@@ -52,5 +60,9 @@ class BackgroundSaver:
             saving.result()
 
     def _save(self, snapshot: Snapshot) -> None:
-        save(self._root, snapshot, self._model, self._tokenizer)
-        prune(self._root, self._keep_last, snapshot.state.best_step)
+        if self._ranks is None:
+            save(self._root, snapshot, self._model, self._tokenizer)
+        else:
+            sharded_checkpoint.save(self._root, snapshot, self._model, self._tokenizer, self._ranks)
+        if self._ranks is None or self._ranks.rank == 0:
+            prune(self._root, self._keep_last, snapshot.state.best_step)

@@ -15,6 +15,7 @@ from typing import Any
 from minimoe.bpe import train_bpe
 from minimoe.train import checkpoint
 from minimoe.train.metrics import CLOCK_FIELDS
+from minimoe.train.snapshot import load_state
 from scripts.chaos.processes import minimoe_command, start, wait
 
 ANIMALS, PLACES = "cat dog bird fox mouse owl bear frog".split(), "sea moon hill lake barn mill farm pond".split()
@@ -86,7 +87,7 @@ class Run:
         """The step it would resume from; a checkpoint that is there and cannot be trusted is a failure."""
         found, refused = checkpoint.latest(self.folder / "checkpoints")
         assert not refused, refused
-        return checkpoint.load_state(found).step if found else 0
+        return load_state(found).step if found else 0
 
     def result(self) -> dict[str, Any]:
         """Everything that must not depend on how often it was interrupted."""
