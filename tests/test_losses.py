@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
@@ -18,6 +19,7 @@ from minimoe.model.losses import (
     mean_probabilities,
     next_token_loss,
     router_confidence,
+    router_entropy_loss,
     router_z_loss,
 )
 
@@ -111,6 +113,25 @@ def test_padding_counts_in_no_router_term():
 def test_the_router_z_loss_is_the_mean_squared_log_sum_exp():
     logits = torch.zeros(3, 4)
     assert router_z_loss(logits).item() == pytest.approx(math.log(4) ** 2)
+
+
+def test_the_router_entropy_loss_is_the_mean_entropy_of_real_tokens():
+    probabilities = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    assert router_entropy_loss(probabilities).item() == pytest.approx((math.log(4) + 0 + math.log(2)) / 3)
+    mask = torch.tensor([True, True, False])
+    assert router_entropy_loss(probabilities, mask).item() == pytest.approx(math.log(4) / 2)
+
+
+def test_the_router_entropy_loss_is_a_term_of_training_where_its_coefficient_is_set():
+    ids = torch.randint(1, 97, (2, 8))
+    model = tiny_model(router_entropy_loss_coef=0.5, router_aux_loss_coef=0.0)
+    output = model.train()(ids, labels=ids)
+    probabilities = [logits.softmax(-1) for logits in model(ids, output_router_logits=True).router_logits]
+    expected = torch.stack([-(p * p.log()).sum(-1).mean() for p in probabilities]).mean()
+    torch.testing.assert_close(output.router_entropy_loss, expected)
+    torch.testing.assert_close(output.loss, output.lm_loss + 0.5 * expected)
+    without = tiny_model(router_aux_loss_coef=0.0).train()(ids, labels=ids)
+    assert without.router_entropy_loss is None
 
 
 def head_of(weight):

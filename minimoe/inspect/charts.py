@@ -231,6 +231,7 @@ _SINGLE = (
     ("memory_bytes", "Memory", "The most that was taken so far: by the process, or on a GPU by tensors.", "B", False),
     ("load_balancing_loss", "Load-balancing loss", "Before its coefficient. Balanced: experts per token.", "", False),
     ("router_z_loss", "Router z-loss", "Before its coefficient: how large the router's logits are.", "", False),
+    ("router_entropy_loss", "Router entropy", "Before its coefficient: how unsure the router is.", "nats", False),
 )  # fmt: skip
 _DRAWN_ALREADY = {name for name, *_ in _SINGLE} | {
     *("step", "tokens", "seconds", "loss", "lm_loss", "val_loss", "val_perplexity", "val_bits_per_byte")

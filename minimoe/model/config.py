@@ -58,7 +58,7 @@ _ROPE_KEYS = {
 }
 _NOT_NEGATIVE = (
     "n_shared_experts num_zero_computation_experts first_k_dense_replace attention_dropout router_aux_loss_coef "
-    "router_z_loss_coef router_bias_update_rate".split()
+    "router_z_loss_coef router_entropy_loss_coef router_bias_update_rate".split()
 )
 
 
@@ -76,8 +76,8 @@ class MiniMoeConfig(PreTrainedConfig):
     model_type = "minimoe"
     # What `Trainer` does not hand to compute_metrics: everything but the logits.
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
-        "cache past_key_values aux_loss router_logits lm_loss load_balancing_loss router_z_loss expert_counts "
-        "expert_probabilities router_confidence".split()
+        "cache past_key_values aux_loss router_logits lm_loss load_balancing_loss router_z_loss "
+        "router_entropy_loss expert_counts expert_probabilities router_confidence".split()
     )
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "num_experts",
@@ -144,6 +144,7 @@ class MiniMoeConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.01  # weight of the load-balancing loss, 0 = off
     router_aux_loss_type: Literal["batch", "sequence", "global"] = "global"  # balance over what
     router_z_loss_coef: float = 0.0  # weight of the router z-loss, 0 = off
+    router_entropy_loss_coef: float = 0.0  # weight of the router's entropy, which makes it sure of itself, 0 = off
     router_bias_update_rate: float = 0.0  # sigmoid only: step of the selection bias per optimizer step, 0 = off
     frozen_experts: dict | None = None  # experts that training leaves as they are: {layer: [numbers]}; null: none
     output_router_logits: bool = False  # the model returns the router's logits too, as in transformers

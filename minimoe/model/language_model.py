@@ -51,6 +51,7 @@ from minimoe.model.losses import (
     mean_probabilities,
     next_token_loss,
     router_confidence,
+    router_entropy_loss,
     router_z_loss,
     token_logprobs,
 )
@@ -69,13 +70,14 @@ __all__ = [
 class MiniMoeCausalLMOutput(MoeCausalLMOutputWithPast):
     """Adds every term of the loss, unscaled, and the experts' loads.
 
-    In training, `loss` = lm_loss + router_aux_loss_coef * load_balancing_loss + router_z_loss_coef * router_z_loss; in
-    evaluation it is lm_loss, whose exponential is the perplexity.
+    In training, `loss` = lm_loss + router_aux_loss_coef * load_balancing_loss + router_z_loss_coef * router_z_loss +
+    router_entropy_loss_coef * router_entropy_loss; in evaluation it is lm_loss, whose exponential is the perplexity.
     """
 
     lm_loss: Tensor | None = None
     load_balancing_loss: Tensor | None = None
     router_z_loss: Tensor | None = None
+    router_entropy_loss: Tensor | None = None  # where its coefficient is not 0
     expert_counts: Tensor | None = None  # (L, E) int64: real tokens per expert of each MoE layer
     router_confidence: Tensor | None = None  # (L,) mean over real tokens of the largest probability
     token_logprobs: Tensor | None = None  # (B, S) of the label that each position predicts; 0 where there is none
@@ -166,7 +168,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         shape: torch.Size,
     ) -> None:
-        """Balance loss, z-loss (each averaged over layers) and expert counts, of real tokens only."""
+        """Balance loss, z-loss, entropy (each averaged over layers) and expert counts, of real tokens only."""
         if not routings:
             zero = torch.zeros((), device=self.device)
             result.load_balancing_loss = result.aux_loss = result.router_z_loss = zero
@@ -179,6 +181,9 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         balance = [load_balancing_loss(r.probabilities, r.expert_ids, mask, per_sequence) for r in routings]
         result.load_balancing_loss = result.aux_loss = torch.stack(balance).mean()
         result.router_z_loss = torch.stack([router_z_loss(r.logits, mask) for r in routings]).mean()
+        if self.config.router_entropy_loss_coef:
+            entropies = [router_entropy_loss(r.probabilities, mask) for r in routings]
+            result.router_entropy_loss = torch.stack(entropies).mean()
         counts = [expert_counts(r.expert_ids, self.config.num_router_outputs, mask) for r in routings]
         result.expert_counts = torch.stack(counts)
         result.router_confidence = torch.stack([router_confidence(r.probabilities, mask) for r in routings])
@@ -212,8 +217,11 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         share = num_targets / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
         assert result.load_balancing_loss is not None
         assert result.router_z_loss is not None
-        balance = self.config.router_aux_loss_coef * result.load_balancing_loss
-        result.loss = result.loss + share * (balance + self.config.router_z_loss_coef * result.router_z_loss)
+        terms = self.config.router_aux_loss_coef * result.load_balancing_loss
+        terms = terms + self.config.router_z_loss_coef * result.router_z_loss
+        if result.router_entropy_loss is not None:
+            terms = terms + self.config.router_entropy_loss_coef * result.router_entropy_loss
+        result.loss = result.loss + share * terms
 
 
 class MiniMoeForSequenceClassification(GenericForSequenceClassification, MiniMoePreTrainedModel):

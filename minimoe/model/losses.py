@@ -139,6 +139,16 @@ def router_confidence(probabilities: Tensor, mask: Tensor | None = None) -> Tens
     return (largest * weight).sum() / weight.sum().clamp(min=1)
 
 
+def router_entropy_loss(probabilities: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean entropy of the router's probabilities (T, E), in nats (Huang et al., arXiv 2403.07652, equation 6): without
+    it a top-p router spreads its probability to be given more experts. Returns a scalar."""
+    entropy = torch.special.entr(probabilities).sum(dim=-1)  # (T,)
+    if mask is None:
+        return entropy.mean()
+    weight = mask.to(entropy.dtype)
+    return (entropy * weight).sum() / weight.sum().clamp(min=1)
+
+
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared log-sum-exp of the router logits (T, E): keeps them small. Returns a scalar."""
     squared = logits.float().logsumexp(dim=-1).square()  # (T,)

@@ -75,4 +75,7 @@ def add_router_terms(
     balance, z_loss = share * balance, share * outputs.router_z_loss
     loss = loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss
     terms = terms | {"load_balancing_loss": balance, "router_z_loss": z_loss}
+    if outputs.router_entropy_loss is not None:
+        entropy = share * outputs.router_entropy_loss
+        loss, terms = loss + config.router_entropy_loss_coef * entropy, terms | {"router_entropy_loss": entropy}
     return Losses(loss, terms | {"router_confidence": share * outputs.router_confidence}, outputs.expert_counts)
