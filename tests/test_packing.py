@@ -162,5 +162,6 @@ def test_documents_can_be_selected():
     documents = make_documents(LENGTHS)
     chosen = Documents.select(documents.corpora, [np.array([1, 3])])
     assert chosen.lengths.tolist() == [30, 8]
-    assert chosen.num_bytes.tolist() == [120, 32]
+    assert [chosen.num_bytes(place) for place in (0, 1)] == [120, 32]
+    assert chosen.total_bytes() == 152
     assert chosen.read(1, 2, 4)[0].tolist() == [3003, 3004]

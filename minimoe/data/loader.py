@@ -28,7 +28,7 @@ import numpy as np
 
 from minimoe.config import DataConfig, Encoding, SourceConfig
 from minimoe.data.batch import Batch as Batch
-from minimoe.data.packing import Documents, PackedRow, Packing, SplitPacking, WholePacking
+from minimoe.data.packing import Documents, PackedRow, Packing, SplitPacking, WholePacking, numbers
 from minimoe.data.pairs import PairPacking
 from minimoe.data.shards import Corpus, prepare
 from minimoe.data.sources import describe
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BLOCK_ROWS = 1024
+_BLOCK = 1 << 20  # documents hashed at a time
 
 
 class Batches:
@@ -156,7 +157,7 @@ class Validation:
         self.packing, self.num_rows = packing, packing.num_rows
         self.ignored = ignored or {}  # as in `Data`
         self.num_documents = len(documents)
-        self.num_bytes = int(documents.num_bytes.sum())  # denominator of bits per byte
+        self.num_bytes = documents.total_bytes()  # denominator of bits per byte
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The rank's rows, every world_size-th; the last batch may be smaller."""
@@ -190,7 +191,7 @@ def open_data(
         UserError: unusable data, or no row to train on.
     """
     corpora = [annotate(prepare(source, data, tokenizer, encoding)) for source in data.train]
-    chosen = [np.arange(corpus.num_documents) for corpus in corpora]
+    chosen = [numbers(corpus.num_documents) for corpus in corpora]
     validation: Validation | None = None
     validation_fingerprints: list[str] = []
     if data.validation is not None:
@@ -208,7 +209,7 @@ def open_data(
     packings = [_pack(pool, data, tokenizer, encoding, seed) for pool in pools]
     if not all(packing.num_rows for packing in packings):
         sources = ", ".join(describe(source) for source in data.train)
-        tokens = sum(int(pool.lengths.sum()) for pool in pools)
+        tokens = sum(int(pool.lengths.sum(dtype=np.int64)) for pool in pools)
         raise UserError(
             f"0 rows to train on: {sum(map(len, pools))} documents, {tokens} tokens",
             where=sources,
@@ -241,7 +242,7 @@ def _open_validation(
     annotate: Callable[[Corpus], Corpus] = lambda corpus: corpus,
 ) -> tuple[Validation, list[str]]:
     corpora = [annotate(prepare(source, data, tokenizer, encoding)) for source in sources]
-    chosen = [np.arange(corpus.num_documents) for corpus in corpora]
+    chosen = [numbers(corpus.num_documents) for corpus in corpora]
     hashes = [document_hashes(len(ids), 0, number) for number, ids in enumerate(chosen)]
     documents = Documents.select(corpora, _cap(chosen, hashes, data.max_validation_documents))
     packing = _pack(documents, data, tokenizer, encoding, 0, shuffle=False)
@@ -268,18 +269,21 @@ def split_documents(
     largest = int(np.argmax(num_documents))
     if not any(mask.any() for mask in held) and num_documents[largest] >= 2:
         held[largest][np.argmin(hashes[largest])] = True
-    train = [np.flatnonzero(~mask) for mask in held]
+    train = [numbers(len(mask))[~mask] for mask in held]
     return train, _cap([np.flatnonzero(mask) for mask in held], hashes, data.max_validation_documents)
 
 
 def document_hashes(count: int, seed: int, source: int) -> np.ndarray:
     """A number in [0, 1) for each document index, (count,) float64: splitmix64, which mixes bits."""
     start = np.random.default_rng([seed, source]).integers(1 << 63, dtype=np.uint64)
-    x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)) / float(1 << 53)
+    hashes = np.empty(count)
+    for first in range(0, count, _BLOCK):
+        x = np.arange(first, min(first + _BLOCK, count), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        hashes[first : first + _BLOCK] = (x >> np.uint64(11)) / float(1 << 53)
+    return hashes
 
 
 def apportion(weights: Sequence[float], total: int) -> np.ndarray:

@@ -34,6 +34,8 @@ from minimoe.data.batch import Batch
 from minimoe.data.shards import Corpus
 from minimoe.model.losses import IGNORE_INDEX
 
+_BLOCK = 1 << 20
+
 
 class PackedRow(NamedTuple):
     input_ids: np.ndarray
@@ -55,36 +57,39 @@ class Packing(Protocol):
 
 @dataclass(frozen=True)
 class Documents:
-    """A selection of N documents out of several corpora."""
+    """A selection of N documents out of several corpora: a few bytes for each, as there may be tens of millions."""
 
     corpora: Sequence[Corpus]
     corpus_ids: np.ndarray  # (N,) which corpus
     indices: np.ndarray  # (N,) which of its documents
-    starts: np.ndarray  # (N,) first token within it
     lengths: np.ndarray  # (N,)
-    num_bytes: np.ndarray  # (N,)
 
     @classmethod
     def select(cls, corpora: Sequence[Corpus], chosen: Sequence[np.ndarray]) -> Documents:
         """The documents `chosen[c]` (indices) of each corpus c."""
-        corpus_ids = [np.full(len(indices), number, np.int64) for number, indices in enumerate(chosen)]
-        pairs = list(zip(corpora, chosen, strict=True))
         return cls(
             corpora=corpora,
-            corpus_ids=np.concatenate(corpus_ids),
+            corpus_ids=np.repeat(np.arange(len(corpora), dtype=np.uint16), [len(indices) for indices in chosen]),
             indices=np.concatenate(chosen),
-            starts=np.concatenate([corpus.offsets[indices] for corpus, indices in pairs]),
-            lengths=np.concatenate([np.diff(corpus.offsets)[indices] for corpus, indices in pairs]),
-            num_bytes=np.concatenate([corpus.num_bytes[indices] for corpus, indices in pairs]),
+            lengths=np.concatenate([_lengths(corpus, ids) for corpus, ids in zip(corpora, chosen, strict=True)]),
         )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def num_bytes(self, document: int) -> int:
+        """UTF-8 bytes of what is predicted of a document."""
+        return int(self.corpora[self.corpus_ids[document]].num_bytes[self.indices[document]])
+
+    def total_bytes(self) -> int:
+        """UTF-8 bytes of what is predicted of all."""
+        own = (self.indices[self.corpus_ids == number] for number in range(len(self.corpora)))
+        return sum(int(corpus.num_bytes[indices].sum()) for corpus, indices in zip(self.corpora, own, strict=True))
+
     def read(self, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Tokens start ... stop-1 of a document, and which of them are learned (None: all)."""
         corpus = self.corpora[self.corpus_ids[document]]
-        first = self.starts[document]
+        first = int(corpus.offsets[self.indices[document]])
         piece = slice(first + start, first + stop)
         return corpus.tokens[piece], None if corpus.learned is None else corpus.learned[piece]
 
@@ -97,6 +102,15 @@ class Documents:
         return [(0, split), (split, length)]
 
 
+def _lengths(corpus: Corpus, indices: np.ndarray) -> np.ndarray:
+    """Tokens of the documents `indices` (N,): (N,) int32, a block at a time."""
+    lengths = np.empty(len(indices), np.int32)
+    for start in range(0, len(indices), _BLOCK):
+        block = indices[start : start + _BLOCK]
+        lengths[start : start + _BLOCK] = corpus.offsets[block + 1] - corpus.offsets[block]
+    return lengths
+
+
 class SplitPacking:
     """Documents laid end to end and cut; `shuffle=False` keeps their order."""
 
@@ -106,7 +120,7 @@ class SplitPacking:
         self.documents, self.sequence_length, self.seed = documents, sequence_length, seed
         self.pad_id, self.shuffle = pad_id, shuffle
         self.stride = sequence_length - 1
-        num_tokens = int(documents.lengths.sum())
+        num_tokens = int(documents.lengths.sum(dtype=np.int64))
         self.num_rows = -(-max(num_tokens - 1, 0) // self.stride)
         self._cached_epoch = -1
 
@@ -130,12 +144,12 @@ class SplitPacking:
 
     def _lay_out(self, epoch: int) -> None:
         count = len(self.documents)
+        self._order, self._row_order = numbers(count), numbers(self.num_rows)
         if self.shuffle:
             rng = np.random.default_rng([self.seed, epoch])
-            self._order, self._row_order = rng.permutation(count), rng.permutation(self.num_rows)
-        else:
-            self._order, self._row_order = np.arange(count), np.arange(self.num_rows)
-        self._ends = np.cumsum(self.documents.lengths[self._order])
+            rng.shuffle(self._order)
+            rng.shuffle(self._row_order)
+        self._ends = np.cumsum(self.documents.lengths[self._order], dtype=np.int64)
         self._cached_epoch = epoch
 
 
@@ -178,6 +192,11 @@ class WholePacking:
     def most_members(self) -> int:
         """Documents of the fullest row."""
         return int(np.diff(self._bounds).max(initial=0))
+
+
+def numbers(count: int) -> np.ndarray:
+    """0 ... count-1, in half the bytes where they suffice."""
+    return np.arange(count, dtype=np.int32 if count < 1 << 31 else np.int64)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:

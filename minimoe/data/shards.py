@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -73,8 +74,8 @@ class Corpus:
 
     tokens: np.ndarray  # (total,) memory map
     learned: np.ndarray | None  # (total,) bool memory map; None: every token is predicted
-    offsets: np.ndarray  # (N + 1,) int64
-    num_bytes: np.ndarray  # (N,) int64
+    offsets: np.ndarray  # (N + 1,) int64 memory map
+    num_bytes: np.ndarray  # (N,) int64 memory map
     fingerprint: str
     counts: dict[str, int]  # documents, tokens, bytes, truncated, dropped, bad_rows, empty_rows
     ignored: dict[str, int] = field(default_factory=dict)  # rows with a column that the format does not read
@@ -153,27 +154,43 @@ def _fingerprint(source: SourceConfig, data: DataConfig, tokenizer: PreTrainedTo
 def _open(folder: Path, fingerprint: str, vocab_size: int) -> Corpus:
     meta = json.loads((folder / "meta.json").read_text())
     corpus = Corpus(
-        tokens=np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
-        learned=np.memmap(folder / "learned.bin", dtype=bool, mode="r") if meta["learned"] else None,
-        offsets=np.fromfile(folder / "offsets.bin", dtype=np.int64),
-        num_bytes=np.fromfile(folder / "num_bytes.bin", dtype=np.int64),
+        tokens=_map(folder / "tokens.bin", meta["dtype"]),
+        learned=_map(folder / "learned.bin", bool) if meta["learned"] else None,
+        offsets=_map(folder / "offsets.bin", np.int64),
+        num_bytes=_map(folder / "num_bytes.bin", np.int64),
         fingerprint=fingerprint,
         counts=meta["counts"],
         ignored=meta["ignored"],
         splits=np.fromfile(folder / "splits.bin", dtype=np.int64) if "splits.bin" in meta["sizes"] else None,
         wanted=np.fromfile(folder / "wanted.bin", dtype=bool) if "wanted.bin" in meta["sizes"] else None,
     )
-    for start in range(0, len(corpus.tokens), _CHECK_TOKENS):
-        block = corpus.tokens[start : start + _CHECK_TOKENS]
-        if block.max() >= vocab_size:
-            position = start + int(np.argmax(block >= vocab_size))
-            document = int(np.searchsorted(corpus.offsets, position, side="right")) - 1
-            raise UserError(
-                f"document {document} has token id {corpus.tokens[position]}; ids must be below {vocab_size}",
-                where=str(folder),
-                fix="delete this folder of the cache and start again",
-            )
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each host
+        _check_ids(folder, corpus, vocab_size)
     return corpus
+
+
+def _map(file: Path, dtype: Any) -> np.ndarray:
+    """A file as an array that is read where it is looked at, which is here and there: nothing is read ahead."""
+    with file.open("rb") as stream:
+        pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        pages.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(pages, dtype)
+
+
+def _check_ids(folder: Path, corpus: Corpus, vocab_size: int) -> None:
+    """Read in blocks beside the map, whose pages would stay."""
+    with (folder / "tokens.bin").open("rb") as file:
+        for start in range(0, len(corpus.tokens), _CHECK_TOKENS):
+            block = np.fromfile(file, corpus.tokens.dtype, _CHECK_TOKENS)
+            if block.max() >= vocab_size:
+                position = start + int(np.argmax(block >= vocab_size))
+                document = int(np.searchsorted(corpus.offsets, position, side="right")) - 1
+                raise UserError(
+                    f"document {document} has token id {corpus.tokens[position]}; ids must be below {vocab_size}",
+                    where=str(folder),
+                    fix="delete this folder of the cache and start again",
+                )
 
 
 def _complete(folder: Path) -> bool:

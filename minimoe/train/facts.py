@@ -99,7 +99,7 @@ def references(validation: Any, tokenizer: Any, encoding: str) -> dict[str, floa
     pieces: list[np.ndarray] = []
     for index in range(len(documents)):
         pieces.append(documents.read(index, 0, min(int(documents.lengths[index]), _COMPRESSED_BYTES))[0])
-        size += int(documents.num_bytes[index])
+        size += documents.num_bytes(index)
         if size >= _COMPRESSED_BYTES:
             break
     shares = np.bincount(np.concatenate(pieces)).astype(np.float64)
