@@ -28,7 +28,7 @@ from minimoe.config import TrainingRun
 from minimoe.config.file import dump_config
 from minimoe.device import pick_device
 from minimoe.errors import MinimoeError, UserError
-from minimoe.inspect.cluster import GPUS, Work, check_cluster, choose, estimate
+from minimoe.inspect.cluster import GPUS, check_cluster, choose, estimate
 from minimoe.inspect.record import Record, read_run
 from minimoe.model.config import num_parameters, with_defaults
 from minimoe.model.costs import TRAINING, flops_by_part, parameters_by_part
@@ -38,11 +38,12 @@ from minimoe.train.memory import process_peak
 from minimoe.train.metrics import duration
 from minimoe.train.pretrain import complete_architecture
 from minimoe.train.sharding import resolve
+from minimoe.train.shares import Work
 
 _FIRST_STEPS = 8  # of the first rehearsal
-_WARM_UP = 2  # steps that are not timed
-_SECONDS = 12.0  # of training in the second, if the first was too short to be measured
-_MOST_STEPS = 200
+# Of training in the second: a share of the run, as machines get slower when they are busy for long.
+_SHARE, _LEAST_SECONDS, _MOST_SECONDS = 1 / 6, 12.0, 60.0
+_MOST_STEPS = 400
 _PROGRAM_BYTES = 450e6  # what Python, torch and transformers take before there is a model
 
 
@@ -91,8 +92,10 @@ def make_plan(config: TrainingRun) -> Plan:
         return refusal
     with tempfile.TemporaryDirectory(prefix="minimoe-plan-") as folder:
         seen = _rehearse(config, Path(folder) / "first", _FIRST_STEPS)
-        if seen.training_seconds < _SECONDS / 2:
-            steps = min(_MOST_STEPS, math.ceil(_SECONDS / max(seen.step_seconds, 1e-3)))
+        total = config.train.total_steps(seen.run.facts["rows_per_epoch"]) * seen.step_seconds
+        seconds = min(max(_SHARE * total, _LEAST_SECONDS), _MOST_SECONDS)
+        if seen.training_seconds < seconds / 2:
+            steps = min(_MOST_STEPS, math.ceil(seconds / max(seen.step_seconds, 1e-3)))
             seen = _rehearse(config, Path(folder) / "second", max(steps, _FIRST_STEPS))
         return _carried_on(config, seen, available)
 
@@ -144,7 +147,7 @@ def _rehearse(config: TrainingRun, folder: Path, steps: int) -> Rehearsal:
         else with_defaults(seen.facts["architecture"]),
         wall_seconds=wall,
         training_seconds=float(seen.training["seconds"][-1]),
-        step_seconds=float(np.mean(seconds[_WARM_UP:])),
+        step_seconds=float(np.mean(seconds[len(seconds) // 2 :])),  # when the machine has warmed up
         sample_seconds=sum(sample.get("seconds", 0.0) for sample in seen.samples),
         peak_bytes=peak,
         weight_bytes=weights,
