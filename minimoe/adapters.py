@@ -128,16 +128,18 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor] | None = N
     ((name, config),) = model.peft_config.items()
     tensors = trained_tensors(model) if weights is None else weights
     save_file(
-        {
-            f"{_PREFIX}{key.replace(f'.{name}.', '.').removesuffix(f'.{name}')}": tensor.contiguous()
-            for key, tensor in tensors.items()
-        },
+        {name_in_file(key, name): tensor.contiguous() for key, tensor in tensors.items()},
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
     config.save_pretrained(str(folder))
     base = config.base_model_name_or_path
     (folder / BASE).write_text(json.dumps({"base": base, "sha256": fingerprint(Path(base))}, indent=1))
+
+
+def name_in_file(key: str, name: str = "default") -> str:
+    """What a tensor of the model's state is called in the file of the adapter of that name."""
+    return _PREFIX + key.replace(f".{name}.", ".").removesuffix(f".{name}")
 
 
 def load_weights(model: Any, folder: Path, name: str = "default") -> None:

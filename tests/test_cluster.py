@@ -7,10 +7,11 @@ import json
 import pytest
 from tiny_runs import run_command, write_yaml
 
-from minimoe.inspect.cluster import GPUS, Traffic, Work, choose, estimate, layouts, traffic
+from minimoe.inspect.cluster import GPUS, choose, estimate, layouts
 from minimoe.model.config import with_defaults
 from minimoe.model.costs import parameters_by_part
 from minimoe.train.sharding import Layout
+from minimoe.train.shares import Traffic, Work, traffic
 
 SMALL = with_defaults({"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4})
 LARGE = with_defaults(

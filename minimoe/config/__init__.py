@@ -66,14 +66,6 @@ class TrainingRun(Section):
     logging: LoggingConfig = LoggingConfig()
     parallel: ParallelConfig | None = Field(None, description="sharded training on several ranks; null: copies")
 
-    @model_validator(mode="after")
-    def _stages_that_shard(self) -> TrainingRun:
-        if self.parallel is not None and (self.stage not in ("pretrain", "sft") or getattr(self, "lora", None)):
-            raise ValueError(
-                "parallel: only pretrain and sft, without lora, are sharded; without the section ranks are copies"
-            )
-        return self
-
     @property
     def tokenizer_source(self) -> str:
         """Folder or hub name of the tokenizer."""

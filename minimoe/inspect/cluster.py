@@ -1,8 +1,6 @@
 """What a run would take on a cluster that is not here: memory, traffic and time of each GPU, from formulas.
 
-None of it is measured. docs/scale.md derives the formulas and says how well they meet what is. R = replicate_size,
-F = fsdp_size, X = expert_size; a ring of n ranks sends (n-1)/n of a tensor to gather it, as much to reduce and scatter
-it, and twice as much to reduce it everywhere.
+None of it is measured. What a rank holds and sends is in train/shares.py; here are the machines.
 """
 
 from __future__ import annotations
@@ -12,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from minimoe.errors import UserError
-from minimoe.model.costs import head_dim, parameters_by_part, training_flops
+from minimoe.model.costs import training_flops
 from minimoe.train.sharding import Layout
+from minimoe.train.shares import Traffic, Work, memory, traffic
 
 PER_NODE = 8
 
@@ -35,52 +34,6 @@ GPUS = {
     "rtx4090": Gpu(165e12, 24e9, 25e9, 12e9),
 }
 UTILISATION = 0.35  # of those operations that a training step is taken to reach, without what it waits for
-
-
-class Traffic(NamedTuple):
-    """Bytes that one rank sends in an optimizer step."""
-
-    weights: float  # gathered and their gradients reduced, within a replica
-    replicas: float  # gradients, between replicas
-    tokens: float  # to their experts and back
-
-
-def traffic(
-    values: Mapping[str, Any],
-    layout: Layout,
-    tokens: int,
-    micro_batches: int,
-    activation_bytes: int,
-    recomputed: bool = False,
-) -> Traffic:
-    """Of a layout (R, F, X).
-
-    Args:
-        tokens: of one micro-batch on one rank.
-        activation_bytes: of a value that travels: 2 in bf16, 4 in fp32.
-    """
-    replicas, fsdp, shared = layout
-    parts = parameters_by_part(values)
-    experts = parts["routed experts"]
-    dense = sum(parts.values()) - experts
-    copies = fsdp // shared  # ranks that hold the same experts, and share them out
-    kept = parts["embedding"] + parts["output head"]  # not gathered again in backward
-    gathered = 3 * dense - kept
-    weights = gathered * _ring(fsdp) + 3 * experts / shared * _ring(copies)
-    between = 2 * (dense + experts) / fsdp * _ring(replicas)
-    rounds = 1 if fsdp == 1 else micro_batches  # copies reduce the sum of their micro-batches
-    moe_layers = values["num_hidden_layers"] - min(values["first_k_dense_replace"], values["num_hidden_layers"])
-    passes = 6 if recomputed else 4  # to the experts and back, and both again in backward
-    travelling = passes * moe_layers * tokens * values["num_experts_per_tok"] * values["hidden_size"] * _ring(shared)
-    return Traffic(
-        4.0 * micro_batches * weights,
-        4.0 * rounds * between,
-        float(micro_batches * activation_bytes * travelling),
-    )
-
-
-def _ring(ranks: int) -> float:
-    return (ranks - 1) / ranks
 
 
 @dataclass
@@ -108,28 +61,12 @@ class Estimate:
         return sum(self.memory.values())
 
 
-class Work(NamedTuple):
-    """What a step of a run is, on all ranks together."""
-
-    rows: int
-    length: int  # tokens of a row
-    micro_rows: int | None  # rows of one forward pass on a rank; None: all of a rank's
-    optimizer: str  # adamw or muon
-    recomputed: bool  # gradient checkpointing
-
-    def on(self, ranks: int) -> tuple[int, int]:
-        """Tokens of a micro-batch on a rank, and how many micro-batches a rank has."""
-        rows = max(self.rows // ranks, 1)
-        micro = min(self.micro_rows or rows, rows)
-        return micro * self.length, -(-rows // micro)
-
-
 def estimate(values: Mapping[str, Any], work: Work, gpus: int, gpu: str, layout: Layout) -> Estimate:
     """What each GPU would hold, send and take, with autocast to bf16 and float32 weights as trained here."""
     kind = GPUS[gpu]
     tokens, micros = work.on(gpus)
     sent = traffic(values, layout, tokens, micros, 2, work.recomputed)
-    memory = _memory(values, work, tokens, layout)
+    held = memory(values, work, tokens, layout, 2)
     flops = training_flops(values, work.length) * (4 / 3 if work.recomputed else 1)
     # A group of ranks beyond one node sends as fast as the link between nodes.
     within = layout.fsdp_size <= PER_NODE
@@ -139,38 +76,13 @@ def estimate(values: Mapping[str, Any], work: Work, gpus: int, gpu: str, layout:
         gpus,
         gpu,
         layout,
-        memory,
+        held,
         sent,
         compute_seconds=flops * tokens * micros / (kind.flops * UTILISATION),
         weights_seconds=weights + replicas,
         tokens_seconds=sent.tokens / (kind.inside if layout.expert_size <= PER_NODE else kind.outside),
-        fits=sum(memory.values()) <= 0.9 * kind.memory,
+        fits=sum(held.values()) <= 0.9 * kind.memory,
     )
-
-
-def _memory(values: Mapping[str, Any], work: Work, tokens: int, layout: Layout) -> dict[str, float]:
-    """Bytes of one rank."""
-    parts = parameters_by_part(values)
-    total, experts, layers = sum(parts.values()), parts["routed experts"], values["num_hidden_layers"]
-    ends = parts["embedding"] + parts["output head"]
-    matrices = total - ends - parts["routers"] - parts["norms"]
-    moments = 8 * total if work.optimizer == "adamw" else 4 * matrices + 8 * (total - matrices)
-    layer = (total - experts - ends + experts / layout.expert_size) / layers
-    shared_out = layout.fsdp_size > 1
-    width, heads = values["hidden_size"], values["num_attention_heads"] + values["num_key_value_heads"]
-    chosen = values["num_experts_per_tok"] + values["n_shared_experts"]
-    # Two float32 residuals and two norms in bf16; queries, keys, values and their output; of each expert its input,
-    # gate, up and their product.
-    inside = 12 * width + 4 * head_dim(values) * heads + 2 * chosen * (width + 3 * values["moe_intermediate_size"])
-    kept = 4 * width * layers + inside if work.recomputed else inside * layers
-    return {
-        "weights": 4 * total / layout.fsdp_size,
-        "gradients": 4 * total / layout.fsdp_size,
-        "moments": moments / layout.fsdp_size,
-        # Two layers' weights, as the next is gathered meanwhile, and one's gradients; both ends' all along.
-        "gathered": (3 * 4 * layer + 2 * 4 * ends) if shared_out else 0.0,
-        "activations": float(kept * tokens),
-    }
 
 
 def choose(values: Mapping[str, Any], work: Work, gpus: int, gpu: str) -> Estimate:

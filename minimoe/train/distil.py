@@ -44,7 +44,7 @@ class Taught(NamedTuple):
 
 def run(config: DistilRun, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as the config says; returns the folder of the final model."""
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train, config.parallel)
     model: Any
     teacher, tokenizer = load_model(config.distil.teacher, "cpu", torch.float32)
     set_chat_template(tokenizer, config.chat_template)

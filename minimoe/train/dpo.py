@@ -39,7 +39,7 @@ from minimoe.train.sft import start_from
 
 def run(config: DpoRun, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as the config says; returns the folder of the final model."""
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train, config.parallel)
     model, tokenizer = start_from(config.init_from, config, config.lora)
     annotate: Callable[[Corpus], Corpus] = lambda corpus: corpus  # noqa: E731
     if config.dpo.needs_reference:
@@ -73,17 +73,22 @@ def held_out_preferences(
     rank, world = accelerator.process_index, accelerator.num_processes
     names = ("preference_loss", "reward_accuracy", "reward_margin")
     totals = torch.zeros(len(names) + 1, dtype=torch.float64)  # over pairs, and how many they are
-    was_training = model.training
+    was_training, batch, index = model.training, None, -1
     model.eval()
     try:
         for index, batch in enumerate(validation.batches(batch_size)):
             failpoint("evaluate.batch")
-            poll()
+            if index % world == 0:
+                poll()
             if index % world == rank:
                 count = int(batch.num_items())
                 batch = batch.to(accelerator.device)
                 terms = objective(model, batch, Step.of(batch)).terms
                 totals += torch.tensor([*(terms[name].item() * count for name in names), count])
+        if batch is not None and rank > index % world:
+            # There was none left for this rank. A sharded model's forward passes are collectives, so it takes part.
+            batch = batch.to(accelerator.device)
+            objective(model, batch, Step.of(batch))
     finally:
         model.train(was_training)
     if world > 1:

@@ -45,7 +45,7 @@ class HeldOutPrompts(list[Prompt]):
 
 def run(config: GrpoRun, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as the config says; returns the folder of the final model."""
-    accelerator = make_accelerator(config.train)
+    accelerator = make_accelerator(config.train, config.parallel)
     model, tokenizer = start_from(config.init_from, config, config.lora)
     if config.grpo.max_new_tokens >= config.data.sequence_length:
         raise UserError(
@@ -169,7 +169,7 @@ def held_out_rewards(
         failpoint("evaluate.batch")
         poll()
         mine = prompts[start : start + _ANSWERED_TOGETHER][rank::world]
-        completions = answer_all(model, tokenizer, mine, settings, accelerator.autocast()) if mine else []
+        completions = answer_all(model, tokenizer, mine, settings, accelerator.autocast())
         for prompt, completion in zip(mine, completions, strict=True):
             reward, _ = rewards(completion.text, prompt.row)
             total += torch.tensor([reward or 0.0, reward is not None, completion.finish_reason == "length"])

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
+from minimoe.adapters import has_adapter
 from minimoe.config import GenerationSection, TrainingRun
 from minimoe.data.loader import Data, Validation
 from minimoe.errors import Preempted
@@ -174,7 +175,8 @@ def _prepare(
     ranks = None
     if config.parallel is not None:
         model = shard(model, resolve(config.parallel, accelerator.num_processes))
-        ranks = Ranks(config.parallel.timeout_seconds) if is_sharded(model) else None
+        if is_sharded(model) and not has_adapter(model):
+            ranks = Ranks(config.parallel.timeout_seconds)
     frozen = FrozenExperts(model)
     optimizers = build_optimizers(model, config.optimizer)
     model.model.moves_selection_bias = True
@@ -249,7 +251,8 @@ def _loop(run: Run) -> None:
             if run.has_all_weights:
                 data = run.data.train.state_tensors(state.step)
                 snapshot = take_snapshot(run.model, run.optimizers, state, rng, data)
-                run.saver.submit(snapshot)
+                if run.accelerator.is_main_process or run.saver.of_all_ranks:
+                    run.saver.submit(snapshot)
         if stopping:
             run.saver.wait()
             run.accelerator.wait_for_everyone()

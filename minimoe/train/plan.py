@@ -22,7 +22,8 @@ from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train.metrics import duration
 from minimoe.train.objectives import Step
 from minimoe.train.optim import Muon, newton_schulz
-from minimoe.train.sharding import local, resolve
+from minimoe.train.sharding import Layout, local, resolve
+from minimoe.train.shares import Work, memory, traffic
 from minimoe.train.snapshot import get_rng, set_rng
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def print_plan(run: Run, step_seconds: float) -> None:
         "precision": _precision(train, accelerator),
         "device": f"{accelerator.device.type}, {accelerator.num_processes} process(es), "
         f"{torch.get_num_threads()} threads each" + (f", {layout}" if layout else ""),
+        **(_shares(run, layout) if layout else {}),
         "operators": ops.describe(accelerator.device),
         "estimated time": duration(seconds) + ", from one timed micro-batch" if timed else "see the progress bar",
         "output": config.output_dir,
@@ -90,6 +92,28 @@ def print_plan(run: Run, step_seconds: float) -> None:
     if not console.is_terminal:
         console.width = 120  # a log file has no width of its own
     console.print(table)
+
+
+def _shares(run: Run, layout: Layout) -> dict[str, str]:
+    """What each rank holds and sends, from formulas."""
+    train, values, ranks = run.config.train, vars(run.model.config), run.accelerator.num_processes
+    optimizer, length = run.config.optimizer.name, run.config.data.sequence_length
+    work = Work(train.batch_size, length, train.micro_batch_size, optimizer, train.gradient_checkpointing)
+    tokens, micros = work.on(ranks)
+    value_bytes = 2 if run.accelerator.mixed_precision == "bf16" else 4
+    held = memory(values, work, tokens, layout, value_bytes)
+    sent = traffic(values, layout, tokens, micros, value_bytes, work.recomputed)
+    return {
+        "each rank holds": f"about {megabytes(sum(held.values()))}: "
+        + ", ".join(f"{kind} {megabytes(size)}" for kind, size in held.items() if size),
+        "and sends a step": ", ".join(f"{kind} {megabytes(size)}" for kind, size in sent._asdict().items() if size)
+        or "nothing",
+    }
+
+
+def megabytes(count: float) -> str:
+    """Bytes, as a person reads them."""
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
 
 
 def estimate_step_seconds(run: Run) -> float:

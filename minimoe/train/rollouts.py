@@ -36,6 +36,7 @@ from minimoe.generation.engine import Completion, Engine
 from minimoe.train.answers import Answer, RolloutBatch, pack_answers, set_advantages, token_weights
 from minimoe.train.files import ROLLOUTS_FILE
 from minimoe.train.rewards import Rewards
+from minimoe.train.sharding import in_step
 
 
 class Rollouts(Batches):
@@ -205,10 +206,15 @@ def answer_all(
     autocast: AbstractContextManager[Any],
     occurrences: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """Answers of the decode engine, with their log-probabilities; the model is left in training as it was."""
+    """Answers of the decode engine, with their log-probabilities; the model is left in training as it was.
+
+    Of a sharded model it is a collective, with prompts of each rank's own, or none.
+    """
     was_training = model.training
     try:
-        with autocast:
+        with autocast, in_step(model.eval()):
+            if not prompts:
+                return []
             return Engine(model, tokenizer).complete(
                 [prompt.token_ids for prompt in prompts], settings, occurrences, with_logprobs=True
             )

@@ -48,6 +48,11 @@ class BackgroundSaver:
         self.wait()
         self._saving = self._thread.submit(self._save, snapshot)
 
+    @property
+    def of_all_ranks(self) -> bool:
+        """Whether every rank has a snapshot to write, and not the first alone."""
+        return self._ranks is not None
+
     def check(self) -> None:
         """Raise the error of a save that has failed; does not wait."""
         if self._saving is not None and self._saving.done():

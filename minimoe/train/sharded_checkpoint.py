@@ -22,11 +22,11 @@ from torch import Tensor
 from minimoe.errors import MinimoeError, StorageError, disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.loading import quiet_transformers
-from minimoe.sharded_files import distinct, parts_of, write_parts
+from minimoe.sharded_files import parts_of, write_parts
 from minimoe.train import checkpoint
 from minimoe.train.checkpoint import MANIFEST
 from minimoe.train.sharding import whole
-from minimoe.train.snapshot import Snapshot, check_finite
+from minimoe.train.snapshot import Snapshot, check_finite, trained
 
 T = TypeVar("T")
 _WEIGHTS, _MOMENTS = 1, 2  # the files of a rank
@@ -123,12 +123,12 @@ def _publish(target: Path, manifest: dict[str, Any], snapshot: Snapshot, model: 
 
 
 def save_model(model: Any, tokenizer: Any, target: Path | None) -> None:
-    """Write a sharded model as a plain model folder, file by file. A collective.
+    """Write a sharded model as a plain model folder, file by file, or its adapter as an adapter's. A collective.
 
     Args:
         target: the folder; None on all ranks but the first.
     """
-    groups = list(_in_files(distinct(model).items()))
+    groups = list(_in_files(trained(model).items()))
     if target is None:
         for _ in _gathered(groups):
             pass

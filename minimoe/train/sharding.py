@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,39 @@ def shard(model: Any, layout: Layout) -> Any:
 def is_sharded(model: nn.Module) -> bool:
     """Whether other ranks hold parts of it: a forward pass is then a collective."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextmanager
+def in_step(model: nn.Module) -> Iterator[None]:
+    """Let ranks call a sharded model different numbers of times, without gradients.
+
+    A forward pass is a collective. A rank that is done goes along, with passes of one token, until all are done.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    device = local(next(model.parameters())).device
+
+    def any_goes_on(mine: bool) -> bool:
+        count = torch.tensor(int(mine), device=device)
+        dist.all_reduce(count)
+        return bool(count)
+
+    def announce(*_: Any) -> None:
+        any_goes_on(True)
+
+    @torch.no_grad()
+    def one_token() -> None:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+
+    one_token()  # FSDP keeps the memory of its first pass, and that of inference mode would be refused in training
+    hook = model.register_forward_pre_hook(announce, prepend=True)  # before the weights are asked for
+    try:
+        yield
+    finally:
+        hook.remove()
+    while any_goes_on(False):
+        one_token()
 
 
 def is_shared_out(tensor: Tensor) -> bool:

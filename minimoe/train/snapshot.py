@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minimoe.adapters import has_adapter, load_weights, trained_tensors
+from minimoe.adapters import ADAPTER_WEIGHTS, has_adapter, name_in_file, trained_tensors
 from minimoe.errors import CheckpointError, NonFiniteError
 from minimoe.loading import quiet_transformers
 from minimoe.sharded_files import distinct, in_parts, read_into, read_shapes
 from minimoe.train.guard import StepGuard
-from minimoe.train.sharding import fill, local
+from minimoe.train.sharding import fill, local, whole
 
 TRAINER_STATE = "trainer.json"
 OPTIMIZER_STATE = "optimizer.safetensors"
@@ -66,14 +67,17 @@ def take_snapshot(
     rng: list[dict[str, Tensor]],
     data: dict[str, Tensor] | None = None,
 ) -> Snapshot:
-    """Copy what has to be saved."""
-    trained = trained_tensors(model) if has_adapter(model) else distinct(model)
-    weights = {name: _copy(tensor) for name, tensor in trained.items()}
-    return Snapshot(_state_from(asdict(state)), weights, _optimizer_tensors(optimizers), rng, data or {})
+    """Copy what has to be saved. Of a sharded model's adapter, which is small, all of it: a collective."""
+    gather = whole if has_adapter(model) else (lambda tensor: tensor)
+    tensors = trained(model) | _optimizer_tensors(optimizers)
+    copies = {name: gather(tensor.detach()).to("cpu", copy=True) for name, tensor in tensors.items()}
+    optimizer = {name: copies.pop(name) for name in list(copies) if name.startswith("optimizer.")}
+    return Snapshot(_state_from(asdict(state)), copies, optimizer, rng, data or {})
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a model, by name: all, tied tensors once, or its adapter."""
+    return trained_tensors(model) if has_adapter(model) else distinct(model)
 
 
 def check_finite(snapshot: Snapshot) -> None:
@@ -101,7 +105,9 @@ def restore(
     shapes = read_shapes(folder)
     weights: dict[str, Tensor] = {}
     if has_adapter(model):
-        load_weights(model, folder)
+        values = load_file(folder / ADAPTER_WEIGHTS)
+        for name, target in trained(model).items():
+            fill(target, values[name_in_file(name)])
     elif in_parts(folder):
         weights = distinct(model)
     else:  # transformers' own names
@@ -153,7 +159,7 @@ def _state_from(values: dict[str, Any]) -> TrainerState:
 def _optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """Moments as flat names: optimizer.<which>.<parameter>/<moment>."""
     return {
-        f"optimizer.{which}.{parameter}/{moment}": _copy(tensor)
+        f"optimizer.{which}.{parameter}/{moment}": tensor
         for which, optimizer in enumerate(optimizers)
         for parameter, moments in _named_state(optimizer).items()
         for moment, tensor in moments.items()

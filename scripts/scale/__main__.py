@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.distributed import expert_parallel
 
-from minimoe.inspect.cluster import Traffic, traffic
 from minimoe.model.config import MiniMoeConfig, with_defaults
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.train.sharding import Layout, shard
+from minimoe.train.shares import Traffic, traffic
 
 ARCHITECTURE = {
     "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,

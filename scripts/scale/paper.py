@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from minimoe.inspect.cluster import Work, choose
+from minimoe.inspect.cluster import choose
 from minimoe.model.config import num_parameters, with_defaults
+from minimoe.train.shares import Work
 
 COMMON = {"head_dim": 128, "max_position_embeddings": 4096, "scoring_func": "sigmoid"}
 MODELS = {
