@@ -158,6 +158,15 @@ def test_whole_packing_wastes_little():
     assert sum(lengths) / (packing.num_rows * 512) > 0.98
 
 
+def test_a_document_takes_a_few_bytes_of_memory():
+    documents = make_documents([3] * 1000)
+    tables = (documents.corpus_ids, documents.indices, documents.lengths)
+    packing = SplitPacking(documents, 8, seed=0)
+    packing.row(0, 0)
+    assert sum(table.nbytes for table in tables) <= 14 * len(documents)  # indices as int64 here
+    assert packing._order.nbytes + packing._ends.nbytes <= 12 * len(documents)
+
+
 def test_documents_can_be_selected():
     documents = make_documents(LENGTHS)
     chosen = Documents.select(documents.corpora, [np.array([1, 3])])
