@@ -1,8 +1,13 @@
-"""Worker of a test: trains configs one after the other, alone or as one of several gloo processes."""
+"""Worker of a test: trains configs one after the other, alone or as one of several gloo processes.
+
+With LIMIT_RANK and LIMIT_BYTES no file of that rank may be longer, as if its disk were full.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
+import resource
 import sys
 
 from minimoe.config.file import TRAINING_RUNS, load_config
@@ -12,6 +17,9 @@ from minimoe.train import optim
 def main(*words: str) -> None:
     # Directions of bf16 differ by 1e-3 where gradients differ by 1e-8, and would hide what is compared.
     optim.has_bf16 = lambda device: False
+    if os.environ.get("LIMIT_RANK") == os.environ.get("RANK"):
+        limit = int(os.environ.get("LIMIT_BYTES", resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     resume = words[0] == "--resume"
     words = words[1:] if resume else words
     for stage, path in zip(words[::2], words[1::2], strict=True):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_runs import MODEL, STORIES, cut_back, training_rows, weights
 
-from minimoe.errors import EXIT_IO
+from minimoe.errors import EXIT_IO, EXIT_PREEMPTED
 from minimoe.failpoints import VARIABLE
 from minimoe.loading import load_model
 from minimoe.sharded_files import in_parts, parts_of
@@ -43,7 +43,9 @@ class Job:
         } | values
         self.config.write_text(json.dumps(made))
 
-    def start(self, ranks: int = 2, resume: bool = False, failpoints: str = "") -> subprocess.CompletedProcess[str]:
+    def start(
+        self, ranks: int = 2, resume: bool = False, failpoints: str = "", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         """Until the last of them has ended, which takes less than a minute whatever happens."""
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
         start = [sys.executable, *(launcher if ranks > 1 else []), str(WORKER)]
@@ -51,7 +53,7 @@ class Job:
             [*start, *(["--resume"] if resume else []), "pretrain", str(self.config)],
             capture_output=True,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", VARIABLE: failpoints},
+            env=os.environ | {"OMP_NUM_THREADS": "1", VARIABLE: failpoints} | environment,
             cwd=WORKER.parent,
             timeout=120,
             check=False,
@@ -192,6 +194,31 @@ def test_one_ranks_full_disk_ends_all_and_the_older_checkpoint_stays(spec, tmp_p
     status = job.status()
     assert status["exit_code"] == EXIT_IO
     assert "No space left" in status["message"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_cannot_write_its_part_ends_all_with_the_cause(rank, tmp_path, tiny_tokenizer_dir):
+    job = Job(tmp_path, "limited", tiny_tokenizer_dir)
+    assert job.start(LIMIT_RANK=rank, LIMIT_BYTES="20000").returncode != 0
+    assert job.newest() == 0
+    assert not list(job.checkpoints.glob(".*"))
+    status = job.status()
+    assert status["exit_code"] == EXIT_IO
+    assert "File too large" in status["message"]
+    done = job.start(resume=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.long
+def test_sigterm_to_one_rank_saves_the_same_step_on_all(whole, tmp_path, tiny_tokenizer_dir):
+    job = Job(tmp_path, "stopped", tiny_tokenizer_dir)
+    assert job.start(failpoints="train.step@3#1=signal:SIGTERM").returncode != 0
+    assert job.status()["exit_code"] == EXIT_PREEMPTED
+    assert job.newest() == 3
+    done = job.start(resume=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_end(job, whole)
 
 
 @pytest.mark.long

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import relative_error, tiny_model
-from tiny_runs import CHATS, MODEL, STORIES, training_rows
+from tiny_runs import CHATS, MODEL, STORIES, cut_back, training_rows
 
 pytestmark = pytest.mark.long
 WORKER = Path(__file__).with_name("stages_on_ranks.py")
@@ -55,24 +57,29 @@ def trained(tmp_path_factory, tiny_tokenizer) -> Path:
                     "num_processes": 1,
                 },
                 "optimizer": {"name": "adamw", "lr": 0.01},
-                "train": {"max_steps": 4, "batch_size": 8, "precision": "fp32", "log_every": 1, "eval_every": 4},
+                "train": {"max_steps": 4, "batch_size": 8, "precision": "fp32", "log_every": 1, "eval_every": 4}
+                | {"save_every": 2},
             }
             if ranks == "sharded":
                 config["parallel"] = {} if name == "lora" else {"expert_size": 2}
             path = root / f"{ranks}-{name}.yaml"
             path.write_text(json.dumps(config))
             words += [stage, str(path)]
-        done = subprocess.run(
-            [sys.executable, *(TORCHRUN if ranks != "one" else []), str(WORKER), *words],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            cwd=WORKER.parent,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch(ranks, *words)
     return root
+
+
+def launch(ranks: str, *words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *(TORCHRUN if ranks != "one" else []), str(WORKER), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=WORKER.parent,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("layout", ["two", "sharded"])
@@ -93,6 +100,18 @@ def test_two_ranks_equal_one(name, layout, trained):
             break
     else:
         raise AssertionError("no weights")
+
+
+def test_a_sharded_run_of_an_adapter_goes_on_as_it_would_have(trained, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(trained / "sharded" / "lora", folder)
+    cut_back(folder, 2)
+    config = json.loads((trained / "sharded-lora.yaml").read_text()) | {"output_dir": str(folder)}
+    (tmp_path / "lora.yaml").write_text(json.dumps(config))
+    launch("two", "--resume", "sft", str(tmp_path / "lora.yaml"))
+    places = (folder, trained / "sharded" / "lora")
+    end, expected = (load_file(place / "final" / "adapter_model.safetensors") for place in places)
+    assert all(torch.equal(end[key], tensor) for key, tensor in expected.items())
 
 
 def test_ranks_share_the_prompts_and_log_each_answer_once(trained):

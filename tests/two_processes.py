@@ -10,6 +10,7 @@ from minimoe.config import PretrainRun
 from minimoe.config.file import load_config
 from minimoe.data.loader import open_data
 from minimoe.tokenizer import load_tokenizer
+from minimoe.train.new_weights import draw
 from minimoe.train.objectives import next_token
 from minimoe.train.optim import build_optimizers
 from minimoe.train.parallel import forward_backward, make_accelerator, wrap
@@ -24,6 +25,7 @@ def main(config_path: str, folder: str) -> None:
         data = open_data(config.data, tokenizer, "pretrain", config.seed)
     torch.manual_seed(0)
     model = build_model(config, tokenizer)
+    draw(model)
     for layer in model.model.layers:
         layer.mlp.gate.e_score_correction_bias[0] = -100.0
     optimizers = build_optimizers(model, config.optimizer)

@@ -129,10 +129,17 @@ def _suits_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: 
 def stacked(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
     """Whether the experts are the project's own two stacks of weights, and the arguments fit them."""
     return (
-        untouched(experts, "Experts")
+        (untouched(experts, "Experts") or _shared_out(experts))
         and ordinary(tokens, expert_ids, weights, experts.gate_up_proj, experts.down_proj)
         and fitting(experts, tokens, expert_ids, weights)
     )
+
+
+def _shared_out(experts: Any) -> bool:
+    """Whether expert parallelism has put a `forward` of its own before the class's, and FSDP a class: they call it with
+    the rows and the weights of this rank."""
+    own = (kind.__module__ == "minimoe.model.experts" for kind in type(experts).__mro__ if kind.__name__ == "Experts")
+    return getattr(experts, "_is_expert_parallel", False) and any(own)
 
 
 def fitting(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:

@@ -33,6 +33,7 @@ from minimoe.train.frozen import FrozenExperts
 from minimoe.train.guard import expert_load, log_collapse, log_problem, poison
 from minimoe.train.memory import keep_freed_memory, peak_memory
 from minimoe.train.metrics import MetricsLogger
+from minimoe.train.new_weights import give_weights, has_none
 from minimoe.train.objectives import Evaluate, HeldOut, Objective
 from minimoe.train.optim import (
     build_optimizers,
@@ -122,7 +123,8 @@ def fit(
     """Train `model` in place and return the folder of the final model.
 
     Args:
-        model: a `MiniMoeForCausalLM` with float32 weights, on the CPU.
+        model: a `MiniMoeForCausalLM` with float32 weights, on the CPU; to be sharded also one without weights, which
+            are those of the config's `init_from` or else drawn.
         open_data: prepares the batches and the held-out documents; called once the run owns its folder.
         objective: what to learn from a batch.
         evaluate: what to find out on the held-out data.
@@ -171,10 +173,14 @@ def _prepare(
         keep_freed_memory()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.to(accelerator.device)
     ranks = None
+    if not has_none(model):
+        model.to(accelerator.device)
     if config.parallel is not None:
-        model = shard(model, resolve(config.parallel, accelerator.num_processes))
+        layout = resolve(config.parallel, accelerator.num_processes)
+        model = shard(model, layout)
+        if has_none(model):
+            give_weights(model, layout, config, accelerator.device)
         if is_sharded(model) and not has_adapter(model):
             ranks = Ranks(config.parallel.timeout_seconds)
     frozen = FrozenExperts(model)

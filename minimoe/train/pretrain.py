@@ -16,6 +16,7 @@ from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.tokenizer import boundary_id, load_tokenizer, set_chat_template
 from minimoe.train.loop import fit
+from minimoe.train.new_weights import draw, has_none, without_weights
 from minimoe.train.objectives import next_token
 from minimoe.train.parallel import make_accelerator
 from minimoe.train.preflight import check_vocab_size
@@ -27,7 +28,7 @@ def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -
     accelerator = make_accelerator(config.train, config.parallel)
     model: Any
     if config.init_from is not None:
-        model, tokenizer = start_from(config.init_from, config, None)
+        model, tokenizer = start_from(config.init_from, config, None, whole=config.parallel is None)
         if config.context is not None:
             model = lengthened(model, config.context)
     else:
@@ -35,6 +36,8 @@ def run(config: PretrainRun, *, resume: bool = False, overwrite: bool = False) -
         set_chat_template(tokenizer, config.chat_template)
         torch.manual_seed(config.seed)
         model = build_model(config, tokenizer)
+        if config.parallel is None:
+            draw(model)
     data = partial(open_data, config.data, tokenizer, config.encoding, config.seed)
     return fit(config, model, tokenizer, data, next_token, accelerator, resume=resume, overwrite=overwrite)
 
@@ -60,19 +63,21 @@ def lengthened(model: MiniMoeForCausalLM, context: ContextConfig) -> MiniMoeForC
         rope |= {"rope_type": context.rope_type, "factor": context.length / old}
         rope["original_max_position_embeddings"] = old
     values |= {"max_position_embeddings": context.length, "rope_parameters": rope}
-    longer = MiniMoeForCausalLM(MiniMoeConfig(**values))
-    longer.load_state_dict(model.state_dict())
+    longer = without_weights(MiniMoeConfig(**values))
+    if not has_none(model):
+        draw(longer)
+        longer.load_state_dict(model.state_dict())
     longer.generation_config = model.generation_config
     return longer
 
 
 def build_model(config: PretrainRun, tokenizer: Any) -> MiniMoeForCausalLM:
-    """A freshly initialised model for this tokenizer.
+    """A model for this tokenizer, without weights.
 
     Raises:
         UserError: vocabulary too small for the tokenizer.
     """
-    return new_model(config.model or {}, tokenizer, config.data.sequence_length, config.tokenizer_source)
+    return _empty_model(config.model or {}, tokenizer, config.data.sequence_length, config.tokenizer_source)
 
 
 def new_model(
@@ -83,9 +88,17 @@ def new_model(
     Raises:
         UserError: vocabulary too small for the tokenizer.
     """
+    model = _empty_model(values, tokenizer, sequence_length, tokenizer_source)
+    draw(model)
+    return model
+
+
+def _empty_model(
+    values: dict[str, Any], tokenizer: Any, sequence_length: int, tokenizer_source: str
+) -> MiniMoeForCausalLM:
     architecture = complete_architecture(values, tokenizer, sequence_length)
     check_vocab_size(architecture["vocab_size"], tokenizer, tokenizer_source)
-    model = MiniMoeForCausalLM(MiniMoeConfig(**architecture))
+    model = without_weights(MiniMoeConfig(**architecture))
     # Either ends a text: the end of a document, or the end of a chat turn.
     ends = {boundary_id(tokenizer), tokenizer.eos_token_id} - {None}
     model.generation_config = GenerationConfig(

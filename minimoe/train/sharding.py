@@ -92,14 +92,20 @@ def check_sharding(layout: Layout, model_config: Any, train: TrainConfig) -> Non
         raise UserError("frozen_experts are not kept in sharded training", fix="leave parallel: out")
 
 
-def shard(model: Any, layout: Layout) -> Any:
-    """Shard a model in place; every rank has the same weights, and keeps its part."""
+def distributed_config(layout: Layout) -> DistributedConfig | None:
+    """What `transformers` calls a layout; None for one rank."""
     if layout.replicate_size * layout.fsdp_size == 1:
-        return model
-    config = DistributedConfig(
+        return None
+    return DistributedConfig(
         fsdp_size=layout.fsdp_size, dp_replicate_size=layout.replicate_size, ep_size=layout.expert_size
     )
-    config, _, mesh = type(model).prepare_distribute_model(config)
+
+
+def shard(model: Any, layout: Layout) -> Any:
+    """Shard a model in place; every rank has the same weights, or none yet, and keeps its part."""
+    if layout.replicate_size * layout.fsdp_size == 1:
+        return model
+    config, _, mesh = type(model).prepare_distribute_model(distributed_config(layout))
     model = type(model).maybe_distribute_model(model, config, mesh)
     model.tie_weights()
     del model.config.distributed_config  # of this run, and not of the model that it saves
