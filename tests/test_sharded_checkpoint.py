@@ -24,6 +24,22 @@ EVERY = 2  # steps between checkpoints
 STEPS = 6
 
 
+def start(ranks: int, *words: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The worker, on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *(launcher if ranks > 1 else []), str(WORKER), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        cwd=WORKER.parent,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0 or not check, done.stderr[-4000:]
+    return done
+
+
 class Job:
     """A run on several ranks, in a folder of its own."""
 
@@ -43,21 +59,10 @@ class Job:
         } | values
         self.config.write_text(json.dumps(made))
 
-    def start(
-        self, ranks: int = 2, resume: bool = False, failpoints: str = "", **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Until the last of them has ended, which takes less than a minute whatever happens."""
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-        start = [sys.executable, *(launcher if ranks > 1 else []), str(WORKER)]
-        return subprocess.run(
-            [*start, *(["--resume"] if resume else []), "pretrain", str(self.config)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", VARIABLE: failpoints} | environment,
-            cwd=WORKER.parent,
-            timeout=120,
-            check=False,
-        )
+    def start(self, ranks: int = 2, resume: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Until the last of them has ended, which takes less than two minutes whatever happens."""
+        words = [*(["--resume"] if resume else []), "pretrain", str(self.config)]
+        return start(ranks, *words, check=False, **environment)
 
     @property
     def checkpoints(self) -> Path:
@@ -161,26 +166,42 @@ def test_a_part_that_is_cut_flipped_missing_or_of_another_step_is_found_and_the_
 
 
 # What happens at or beside the second checkpoint, and the newest one that is left: one of these.
-KILLS = {
-    "rank 0 in a step": ("train.step@5#0=kill", (2, 4)),
-    "rank 1 in a step": ("train.step@5#1=kill", (2, 4)),
-    "rank 0 with its part written": ("save.shard@2#0=kill", (2,)),
-    "rank 1 with its part written": ("save.shard@2#1=kill", (2,)),
-    "rank 0 between the parts and the manifest": ("save.shards@2#0=kill", (2,)),
-    "rank 0 before the rename": ("save.rename@2#0=kill", (2,)),
-    "rank 0 after the rename": ("save.published@2#0=kill", (4,)),
+ENDS = {
+    "rank 0 is killed in a step": ({VARIABLE: "train.step@5#0=kill"}, (2, 4)),
+    "rank 1 is killed in a step": ({VARIABLE: "train.step@5#1=kill"}, (2, 4)),
+    "rank 0 is killed with its part written": ({VARIABLE: "save.shard@2#0=kill"}, (2,)),
+    "rank 1 is killed with its part written": ({VARIABLE: "save.shard@2#1=kill"}, (2,)),
+    "rank 0 is killed between the parts and the manifest": ({VARIABLE: "save.shards@2#0=kill"}, (2,)),
+    "rank 0 is killed before the rename": ({VARIABLE: "save.rename@2#0=kill"}, (2,)),
+    "rank 0 is killed after the rename": ({VARIABLE: "save.published@2#0=kill"}, (4,)),
+    "rank 0 cannot write its part": ({"LIMIT_RANK": "0", "LIMIT_BYTES": "20000"}, (0,)),
+    "rank 1 cannot write its part": ({"LIMIT_RANK": "1", "LIMIT_BYTES": "20000"}, (0,)),
+    "rank 1 gets SIGTERM": ({VARIABLE: "train.step@3#1=signal:SIGTERM"}, (3,)),
 }
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Job, int, dict]]:
+    """Runs that ended so, with the newest checkpoint and the status that they left; all have been resumed since."""
+    root, found = tmp_path_factory.mktemp("ended"), {}
+    for number, (case, (environment, _)) in enumerate(ENDS.items()):
+        job = Job(root, f"run-{number}", tiny_tokenizer_dir)
+        assert job.start(**environment).returncode != 0, case
+        found[case] = (job, job.newest(), job.status())
+    start(2, "--resume", *(word for job, *_ in found.values() for word in ("pretrain", str(job.config))))
+    return found
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("case", KILLS)
-def test_a_rank_is_killed_and_the_run_goes_on_from_the_last_checkpoint(case, whole, tmp_path, tiny_tokenizer_dir):
-    spec, newest = KILLS[case]
-    job = Job(tmp_path, "killed", tiny_tokenizer_dir)
-    assert job.start(failpoints=spec).returncode != 0
-    assert job.newest() in newest
-    done = job.start(resume=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.mark.parametrize("case", ENDS)
+def test_a_run_that_ended_badly_goes_on_from_the_last_checkpoint(case, ended, whole):
+    job, newest, status = ended[case]
+    assert newest in ENDS[case][1]
+    if "cannot write" in case:
+        assert status["exit_code"] == EXIT_IO
+        assert "File too large" in status["message"]
+    if "SIGTERM" in case:
+        assert status["exit_code"] == EXIT_PREEMPTED
     assert not list(job.checkpoints.glob(".*"))
     assert_same_end(job, whole)
 
@@ -188,7 +209,7 @@ def test_a_rank_is_killed_and_the_run_goes_on_from_the_last_checkpoint(case, who
 @pytest.mark.parametrize("spec", ["save.shard@2#1=full", "save.manifest@2#0=full"])
 def test_one_ranks_full_disk_ends_all_and_the_older_checkpoint_stays(spec, tmp_path, tiny_tokenizer_dir):
     job = Job(tmp_path, "full", tiny_tokenizer_dir)
-    assert job.start(failpoints=spec).returncode != 0
+    assert job.start(**{VARIABLE: spec}).returncode != 0
     assert job.newest() == 2
     assert not list(job.checkpoints.glob(".*"))
     status = job.status()
@@ -197,34 +218,9 @@ def test_one_ranks_full_disk_ends_all_and_the_older_checkpoint_stays(spec, tmp_p
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_cannot_write_its_part_ends_all_with_the_cause(rank, tmp_path, tiny_tokenizer_dir):
-    job = Job(tmp_path, "limited", tiny_tokenizer_dir)
-    assert job.start(LIMIT_RANK=rank, LIMIT_BYTES="20000").returncode != 0
-    assert job.newest() == 0
-    assert not list(job.checkpoints.glob(".*"))
-    status = job.status()
-    assert status["exit_code"] == EXIT_IO
-    assert "File too large" in status["message"]
-    done = job.start(resume=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.mark.long
-def test_sigterm_to_one_rank_saves_the_same_step_on_all(whole, tmp_path, tiny_tokenizer_dir):
-    job = Job(tmp_path, "stopped", tiny_tokenizer_dir)
-    assert job.start(failpoints="train.step@3#1=signal:SIGTERM").returncode != 0
-    assert job.status()["exit_code"] == EXIT_PREEMPTED
-    assert job.newest() == 3
-    done = job.start(resume=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert_same_end(job, whole)
-
-
-@pytest.mark.long
 def test_four_ranks_lose_one_and_two_go_on(tmp_path, tiny_tokenizer_dir):
     job = Job(tmp_path, "four", tiny_tokenizer_dir, parallel={"replicate_size": 2, "expert_size": 2})
-    assert job.start(ranks=4, failpoints="save.shard@2#3=kill").returncode != 0
+    assert job.start(ranks=4, **{VARIABLE: "save.shard@2#3=kill"}).returncode != 0
     assert job.newest() == 2
     values = json.loads(job.config.read_text())
     job.config.write_text(json.dumps(values | {"parallel": {"expert_size": 2}}))
