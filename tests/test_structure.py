@@ -58,7 +58,7 @@ BELOW = {
         "ops",
         "device",
     }
-    | {"tokenizer", "device", "outside", "sharded_files"},
+    | {"tokenizer", "device", "outside", "folder", "sharded_files"},
     "extras": {"errors"},
     "inspect": {
         "config",

@@ -1,6 +1,7 @@
 """Faster forms of what the model defines in plain torch; the door they stand behind is door.py.
 
     moe.py         the two dispatch paths; router.py: the router's logits
+    fused.py       the two paths on a GPU by kernels of Triton (kernels.py), where MINIMOE_OPS asks for them
     attention.py   causal self-attention; heads.py: norm and rotation of its heads
     norm.py        RMS norm
     loss.py        the language model's loss without its logits
@@ -16,7 +17,7 @@ from importlib.util import find_spec
 
 import torch
 
-from minimoe.ops import attention, loss, moe, norm, router  # noqa: F401  (each adds its forms)
+from minimoe.ops import attention, fused, loss, moe, norm, router  # noqa: F401  (each adds its forms)
 from minimoe.ops.autocast import compute_dtype, without_autocast
 from minimoe.ops.door import BACKENDS, FORMS, VARIABLE, Form, accelerated, enabled, using
 

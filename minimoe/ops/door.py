@@ -27,8 +27,10 @@ BACKENDS = {
     "c": "compiled from our C++ for this CPU",
     "cpu": "torch's calls, arranged for a CPU",
     "cuda": "torch's calls, arranged for a GPU",
+    "triton": "our Triton kernels for a GPU; used only where they are asked for, as no GPU has run them yet",
     "meta": "shapes alone, for tensors without values",
 }
+OPTIONAL = {"triton"}  # only where `MINIMOE_OPS` or `using` names it
 VARIABLE = "MINIMOE_OPS"
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,7 +58,8 @@ def _asked_for(text: str) -> set[str]:
     return names
 
 
-_enabled = _asked_for(os.environ.get(VARIABLE, ""))
+_allowed = _asked_for(os.environ.get(VARIABLE, ""))
+_enabled = set(_allowed) if os.environ.get(VARIABLE) else _allowed - OPTIONAL
 
 
 def accelerated(definition: Callable[P, R]) -> Callable[P, R]:
@@ -102,10 +105,13 @@ def using(*backends: str) -> Iterator[None]:
     if not BACKENDS.keys() >= set(backends):
         raise ValueError(f"backends are {', '.join(BACKENDS)}, not {', '.join(backends)}")
     before = set(_enabled)
-    _enabled.intersection_update(backends)
+    asked = set(backends)
+    _enabled.intersection_update(asked)
+    _enabled.update(asked & OPTIONAL & _allowed)
     try:
         yield
     finally:
+        _enabled.clear()
         _enabled.update(before)
 
 

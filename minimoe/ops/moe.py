@@ -117,13 +117,17 @@ def _on_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any
 
 
 def _suits_device(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Any) -> bool:
-    """`F.grouped_mm` takes bf16, rows and weights of whole 16 bytes. The meta device stands in for a GPU."""
+    """The meta device stands in for a GPU."""
     return (
         tokens.device.type in ("cuda", "meta")
         and stacked(experts, tokens, expert_ids, weights)
-        and compute_dtype(tokens) == torch.bfloat16
-        and all(size % 8 == 0 for size in experts.down_proj.shape[1:])
+        and fits_grouped_mm(tokens, experts)
     )
+
+
+def fits_grouped_mm(tokens: Tensor, experts: Any) -> bool:
+    """Whether `F.grouped_mm` takes them: bf16, rows and weights of whole 16 bytes."""
+    return compute_dtype(tokens) == torch.bfloat16 and all(size % 8 == 0 for size in experts.down_proj.shape[1:])
 
 
 def stacked(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:

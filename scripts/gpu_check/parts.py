@@ -98,20 +98,22 @@ def dispatch(device: str) -> Figures:
                 )
             rounded = copy.deepcopy(experts).to(device, dtype)
             for path, function in DISPATCHES.items():
-                for backend in ((), ("cuda",), ("cpu", "c", "cuda")):
+                for backend in ((), ("cuda",), ("cpu", "c", "cuda"), ("triton",)):
                     arguments = (tokens.to(device, dtype), ids.to(device), weights.to(device), rounded)
+                    row = {"case": name, "dtype": dtype_name, "path": path}
                     with using(*backend):
                         suited = [
                             form.backend for form in FORMS[path] if form.backend in backend and form.suits(*arguments)
                         ]
-                        found = _results(function, *arguments)
-                    if backend and not suited:
-                        continue
+                        if backend and not suited:
+                            continue
+                        try:
+                            found = _results(function, *arguments)
+                        except Exception as failure:  # such as what a compiler of kernels says of this GPU
+                            yield row | {"computed by": suited[0], "failed": repr(failure)[:300], "right": False}
+                            continue
                     errors = [error(a, e) for a, e in zip(found, truth, strict=True)]
-                    yield {
-                        "case": name,
-                        "dtype": dtype_name,
-                        "path": path,
+                    yield row | {
                         "computed by": suited[0] if suited else "definition",
                         "values": errors[0],
                         "gradients": max(errors[1:]),

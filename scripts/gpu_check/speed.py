@@ -5,6 +5,7 @@ from __future__ import annotations
 import sysconfig
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from minimoe.bpe import train_bpe
 from minimoe.config import OptimizerConfig
+from minimoe.ops import BACKENDS, using
 from minimoe.tokenizer import encode_texts
 from minimoe.train.optim import build_optimizers
 from scripts.benchmark.generation import decode
@@ -29,6 +31,7 @@ SUBJECTS = (
     "minimoe",
     "qwen3 grouped_mm",
     "dense",
+    "minimoe triton",
     "minimoe compiled",
     "qwen3 grouped_mm compiled",
     "dense compiled",
@@ -51,10 +54,19 @@ def speed(device: str) -> Figures:
     peak = ceilings(device)()["bf16"]
     for subject in SUBJECTS if on_gpu else ("minimoe", "qwen3 grouped_mm", "dense"):
         for name, shape in (shapes if on_gpu else {"small": SMALL}).items():
+            by_kernels = subject == "minimoe triton"
             try:
-                run = train_step(subject, shape, "bf16", device, at_least=1.0, settle=0.5)()
+                with using(*BACKENDS) if by_kernels else nullcontext():
+                    run = train_step(
+                        "minimoe" if by_kernels else subject, shape, "bf16", device, at_least=1.0, settle=0.5
+                    )()
             except torch.OutOfMemoryError:
                 yield {"shape": name, "subject": subject, "out of memory": True}
+                continue
+            except Exception as failure:
+                if not by_kernels:
+                    raise
+                yield {"shape": name, "subject": subject, "failed": repr(failure)[:300]}
                 continue
             finally:
                 torch._dynamo.reset()
