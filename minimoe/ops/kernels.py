@@ -77,8 +77,8 @@ def backward(  # type: ignore[no-untyped-def]
     N, D: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The activations again, and from their gradient those of gate and up (N, 2 WIDTH) and of the rows' weights, (N,) from
-    each block of columns."""
+    """The activations again; from their gradient those of gate and up (N, 2 WIDTH), and of the rows' weights (N,), from
+    each block of columns its part."""
     expert, first, end = _own_rows(tl.program_id(0), ends, tile_ends, E, ROWS)
     if expert < E:
         rows = first + tl.arange(0, ROWS)

@@ -76,16 +76,19 @@ def split(file: str, seed: int) -> tuple[Path, Path]:
 
 
 def learn(output: Path, start: Path, pairs: Path, seconds: float, seed: int) -> dict[str, float]:
-    """By `minimoe dpo`: a first run of 20 steps tells how many fit into the seconds."""
+    """By `minimoe dpo`: a run of 20 steps tells how many fit into the seconds, and if the machine is slower then or
+    faster, the run after it does."""
     words = [f"init_from={start}", f"data.train={pairs}", f"optimizer.lr={RATE}", f"dpo.beta={BETA}", f"seed={seed}"]
     words += ["dpo.sft_weight=0", "data.validation_fraction=0", "train.batch_size=4"]
     words += ["train.log_every=1", "train.save_every=100000"]
-    minimoe("dpo", "dpo.yaml", output, *words, "train.max_steps=20")
-    first = last_row(output)
-    steps = max(round(seconds * first["step"] / first["seconds"]), 1)
-    minimoe("dpo", "dpo.yaml", output, *words, f"train.max_steps={steps}")
-    last = last_row(output)
-    return {"steps": last["step"], "seconds": last["seconds"]}
+    steps = 20
+    for _ in range(4):
+        minimoe("dpo", "dpo.yaml", output, *words, f"train.max_steps={steps}")
+        last = last_row(output)
+        if abs(last["seconds"] / seconds - 1) < 0.05:
+            break
+        steps = max(round(seconds * last["step"] / last["seconds"]), 1)
+    return {"steps": last["step"], "seconds": round(last["seconds"], 1)}
 
 
 def last_row(output: Path) -> dict[str, Any]:
