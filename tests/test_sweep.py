@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from tiny_runs import run_command, write_yaml
 
 from minimoe.errors import UserError
+from minimoe.inspect.charts import Line, as_svg, curves, intervals
 from minimoe.inspect.compare import MOE, TWINS, dense_twin, findings
 from minimoe.inspect.results import Result, interval, verdict
 from minimoe.inspect.sweep import Budget, split_values, steps_of, variants_of
@@ -223,3 +225,16 @@ def test_a_comparison_runs_the_moe_and_its_twins(tmp_path, config, monkeypatch, 
 def test_a_dense_model_has_no_twins(config, monkeypatch, capsys):
     assert run_command(monkeypatch, "compare", str(config), "model.first_k_dense_replace=2") == 2
     assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_long_names_leave_room_for_their_chart(recwarn):
+    names = ["as it is", *(f"model.router_type=top_p model.norm_topk_prob=false model.seed={n}" for n in range(10))]
+    x = np.arange(5.0)
+    charts = [
+        curves("curves", "Loss", "Of each.", [Line(name, x, x + 1) for name in names], x="tokens", y="nats"),
+        intervals("ends", "Ends", "Of each.", [(name, 5.0, 0.1) for name in names], "loss"),
+    ]
+    for chart in charts:
+        assert chart is not None
+        assert all(name.split()[-1] in as_svg(chart) for name in names)
+    assert not recwarn.list

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -45,6 +46,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+_LABEL = 38  # characters of a line
 UNITS = {"tokens": "tokens", "seconds": "seconds of training", "FLOPs": "FLOPs of training", "step": "steps"}
 
 
@@ -91,7 +93,7 @@ def curves(
                 linewidth=1.5,
                 marker="o" if line.marked or alone else None,
                 markersize=3.5,
-                label=line.label,
+                label=wrapped(line.label),
             )
         for label, value in (references or {}).items():
             axes.axhline(value, color=TEXT, linewidth=0.9, linestyle=(0, (2, 3)))
@@ -108,8 +110,20 @@ def curves(
         if max(np.nanmax(np.abs(line.y[np.isfinite(line.y)])) for line in lines) >= 1e4 and not log:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if len(lines) > 1 or lines[0].label:
-            axes.legend(ncols=2 if len(lines) > 4 else 1)
+            if len(lines) <= 8 and all(len(line.label) <= _LABEL for line in lines):
+                axes.legend(ncols=2 if len(lines) > 4 else 1)
+            else:  # below, in a taller chart
+                heights = [wrapped(line.label).count("\n") + 1 for line in lines]
+                figure.set_figheight(3.1 + 0.17 * sum(heights) / 2 + 0.17 * max(heights))
+                figure.legend(loc="outside lower left", ncols=2)
     return Chart(name, title, text, figure)
+
+
+def wrapped(label: str) -> str:
+    """On lines that leave room for a chart beside them."""
+    return (
+        textwrap.fill(label, _LABEL, break_on_hyphens=False, break_long_words=False) if len(label) > _LABEL else label
+    )
 
 
 def intervals(name: str, title: str, text: str, rows: Sequence[tuple[str, float, float]], x: str) -> Chart | None:
@@ -118,14 +132,16 @@ def intervals(name: str, title: str, text: str, rows: Sequence[tuple[str, float,
     if not rows:
         return None
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 1.1 + 0.3 * len(rows)), layout="constrained")
+        labels = [wrapped(label) for label, *_ in rows]
+        lines = max(label.count("\n") + 1 for label in labels)
+        figure = Figure(figsize=(6.4, 1.1 + max(0.3, 0.15 * lines) * len(rows)), layout="constrained")
         axes = figure.subplots()
         for place, (_, mean, half) in enumerate(rows):
             width = None if np.isnan(half) else half
             axes.errorbar(
                 mean, place, xerr=width, fmt="o", color=COLOURS[place % len(COLOURS)], capsize=3, markersize=4
             )
-        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(x)
     return Chart(name, title, text, figure)

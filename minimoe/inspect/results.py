@@ -169,7 +169,7 @@ def show(
         return found
     shown = Table(box=None, padding=(0, 2), title=f"{title}: {text}", title_justify="left")
     for name in head:
-        shown.add_column(name, justify="left" if name in (head[0], head[-1]) else "right")
+        shown.add_column(name, justify="left" if name in (head[0], head[-1]) else "right", overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))
     console = Console()
