@@ -121,9 +121,7 @@ def curves(
 
 def wrapped(label: str) -> str:
     """On lines that leave room for a chart beside them."""
-    return (
-        textwrap.fill(label, _LABEL, break_on_hyphens=False, break_long_words=False) if len(label) > _LABEL else label
-    )
+    return textwrap.fill(label, _LABEL, break_on_hyphens=False, break_long_words=False)
 
 
 def intervals(name: str, title: str, text: str, rows: Sequence[tuple[str, float, float]], x: str) -> Chart | None:
