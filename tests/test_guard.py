@@ -140,14 +140,13 @@ def test_a_spike_in_a_run_is_skipped_the_same_when_the_run_is_resumed_in_between
 def test_an_expert_without_work_is_warned_of_once(pretrain_config, monkeypatch, capsys):
     monkeypatch.setattr(guard, "COLLAPSED_STEPS", 3)
     config = pretrain_config(model={"scoring_func": "sigmoid", "router_aux_loss_coef": 0.0})
-    build = pretrain.build_model
+    draw = pretrain.draw
 
-    def starved(*arguments):
-        model = build(*arguments)
+    def starved(model):
+        draw(model)
         model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -100.0
-        return model
 
-    monkeypatch.setattr(pretrain, "build_model", starved)
+    monkeypatch.setattr(pretrain, "draw", starved)
     pretrain.run(config)
     (event,) = events(config.output_dir)
     assert (event["step"], event["event"], event["experts"]) == (3, "router_collapse", [[1, 2]])

@@ -133,17 +133,18 @@ def fits_grouped_mm(tokens: Tensor, experts: Any) -> bool:
 def stacked(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
     """Whether the experts are the project's own two stacks of weights, and the arguments fit them."""
     return (
-        (untouched(experts, "Experts") or _shared_out(experts))
+        (untouched(experts, "Experts") or _shared_out(experts, expert_ids))
         and ordinary(tokens, expert_ids, weights, experts.gate_up_proj, experts.down_proj)
         and fitting(experts, tokens, expert_ids, weights)
     )
 
 
-def _shared_out(experts: Any) -> bool:
+def _shared_out(experts: Any, expert_ids: Tensor) -> bool:
     """Whether expert parallelism has put a `forward` of its own before the class's, and FSDP a class: they call it with
-    the rows and the weights of this rank."""
+    the rows and the weights of this rank. Where the ranks have one batch, it leaves slots to others: those have the id
+    E, which only the definitions know."""
     own = (kind.__module__ == "minimoe.model.experts" for kind in type(experts).__mro__ if kind.__name__ == "Experts")
-    return getattr(experts, "_is_expert_parallel", False) and any(own)
+    return getattr(experts, "_is_expert_parallel", False) and any(own) and not bool((expert_ids >= len(experts)).any())
 
 
 def fitting(experts: Any, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> bool:
