@@ -29,13 +29,16 @@ SENTENCES = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests that take long too, as scripts/test.sh does")
+    parser.addoption("--all", action="store_true", help="and those that only run on demand")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--long"):
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="takes long: pytest --long, or scripts/test.sh"))
+    everything = config.getoption("--all")
+    for item in items:
+        if item.get_closest_marker("long") and not (everything or config.getoption("--long")):
+            item.add_marker(pytest.mark.skip(reason="takes long: pytest --long, or scripts/test.sh"))
+        if item.get_closest_marker("on_demand") and not everything:
+            item.add_marker(pytest.mark.skip(reason="runs on demand: pytest --all"))
 
 
 @pytest.fixture(scope="session")

@@ -190,7 +190,7 @@ def ended(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Job, int, dic
     return found
 
 
-@pytest.mark.long
+@pytest.mark.on_demand
 @pytest.mark.parametrize("case", ENDS)
 def test_a_run_that_ended_badly_goes_on_from_the_last_checkpoint(case, ended, whole):
     job, newest, status = ended[case]
@@ -214,7 +214,7 @@ def test_one_ranks_full_disk_ends_all_and_the_older_checkpoint_stays(tmp_path, t
     assert "No space left" in status["message"]
 
 
-@pytest.mark.long
+@pytest.mark.on_demand
 def test_four_ranks_lose_one_and_two_go_on(tmp_path, tiny_tokenizer_dir):
     job = Job(tmp_path, "four", tiny_tokenizer_dir, parallel={"replicate_size": 2, "expert_size": 2})
     assert job.start(ranks=4, **{VARIABLE: "save.shard@2#3=kill"}).returncode != 0
