@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from minimoe.train.new_weights import draw, has_none, without_weights
+from minimoe.errors import UserError
+from minimoe.train.new_weights import draw, has_none, open_without_weights, read, without_weights
+from minimoe.train.sharding import Layout
 
 VARIANTS = [
     {},
@@ -48,3 +53,38 @@ def test_two_draws_of_a_seed_are_the_same():
         models.append(without_weights(config))
         draw(models[-1])
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_a_folder_is_opened_without_its_weights_and_read_after(tmp_path, tiny_tokenizer):
+    saved = tiny_model(vocab_size=len(tiny_tokenizer))
+    saved.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, _ = open_without_weights(str(tmp_path))
+    assert has_none(model)
+    read(model, str(tmp_path), Layout(1, 1, 1), torch.device("cpu"))
+    ids = torch.randint(0, 97, (1, 7))
+    assert torch.equal(model.eval()(ids).logits, saved.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"model_type": "llama"}, "a llama model; a minimoe model is needed"), ({"num_experts": 0}, "num_experts")],
+)
+def test_a_folder_of_something_else_is_refused(values, message, tmp_path, tiny_tokenizer):
+    tiny_model(vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(UserError, match=message):
+        open_without_weights(str(tmp_path))
+
+
+def test_weights_that_are_missing_are_an_error_when_they_are_read(tmp_path, tiny_tokenizer):
+    tiny_model(vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = open_without_weights(str(tmp_path))
+    with pytest.raises(UserError, match="weights missing"):
+        read(model, str(tmp_path), Layout(1, 1, 1), torch.device("cpu"))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import MODEL, STORIES, cut_back, training_rows, weights
+from tiny_runs import MODEL, STORIES, cut_back, on_ranks, training_rows, weights
 
 from minimoe.errors import EXIT_IO, EXIT_PREEMPTED
 from minimoe.failpoints import VARIABLE
@@ -19,25 +17,8 @@ from minimoe.loading import load_model
 from minimoe.sharded_files import in_parts, parts_of
 from minimoe.train.checkpoint import latest, verify
 
-WORKER = Path(__file__).with_name("stages_on_ranks.py")
 EVERY = 2  # steps between checkpoints
 STEPS = 6
-
-
-def start(ranks: int, *words: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The worker, on so many ranks."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), str(WORKER), *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        cwd=WORKER.parent,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0 or not check, done.stderr[-4000:]
-    return done
 
 
 class Job:
@@ -62,7 +43,7 @@ class Job:
     def start(self, ranks: int = 2, resume: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
         """Until the last of them has ended, which takes less than two minutes whatever happens."""
         words = [*(["--resume"] if resume else []), "pretrain", str(self.config)]
-        return start(ranks, *words, check=False, **environment)
+        return on_ranks(ranks, *words, check=False, **environment)
 
     @property
     def checkpoints(self) -> Path:
@@ -186,7 +167,7 @@ def ended(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Job, int, dic
         job = Job(root, f"run-{number}", tiny_tokenizer_dir)
         assert job.start(**environment).returncode != 0, case
         found[case] = (job, job.newest(), job.status())
-    start(2, "--resume", *(word for job, *_ in found.values() for word in ("pretrain", str(job.config))))
+    on_ranks(2, "--resume", *(word for job, *_ in found.values() for word in ("pretrain", str(job.config))))
     return found
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import relative_error
-from tiny_runs import CHATS, MODEL, STORIES, rows, training_rows, weights
+from tiny_runs import CHATS, MODEL, STORIES, on_ranks, rows, training_rows, weights
 
 from minimoe.config import ParallelConfig
 from minimoe.config.training import TrainConfig
@@ -24,7 +21,6 @@ from minimoe.sharded_files import read_into, read_shapes
 from minimoe.train.checkpoint import verify
 from minimoe.train.sharding import check_sharding, resolve
 
-WORKER = Path(__file__).with_name("stages_on_ranks.py")
 LAYOUTS = {
     "fsdp": {},
     "experts": {"expert_size": 2},
@@ -33,23 +29,6 @@ LAYOUTS = {
 }
 # Sums in another order, each rounded to 6e-8, over four steps of a loss near 6.
 CLOSE = 1e-5
-
-
-def launch(ranks: int, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    done = subprocess.run(
-        [*start, str(WORKER), *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=WORKER.parent,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0 or not check, done.stderr[-5000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +86,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir) -> Path:
             if ranks < 4:
                 start = {"init_from": str(root / "one" / "adamw" / "final")}
                 words += ["sft", config(at, "sft", start | section)]
-        launch(ranks, *words)
+        on_ranks(ranks, *words)
     return root
 
 
@@ -171,7 +150,7 @@ def test_a_run_saved_on_one_layout_goes_on_on_another(runs, tmp_path):
         path = tmp_path / f"{name}.yaml"
         path.write_text(json.dumps(values))
         words += ["pretrain", str(path)]
-    launch(2, "--resume", *words)
+    on_ranks(2, "--resume", *words)
     for name in ("adamw", "muon"):
         expected, actual = (weights(place / "final") for place in (runs / "one" / name, tmp_path / name))
         assert max(relative_error(actual[key], expected[key]) for key in expected) < 10 * CLOSE

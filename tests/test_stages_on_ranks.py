@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import relative_error, tiny_model
-from tiny_runs import CHATS, MODEL, STORIES, cut_back, training_rows
+from tiny_runs import CHATS, MODEL, STORIES, cut_back, on_ranks, training_rows
 
 pytestmark = pytest.mark.long
-WORKER = Path(__file__).with_name("stages_on_ranks.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 PAIRS = [
     {"prompt": chat["messages"][0]["content"], "chosen": chat["messages"][1]["content"], "rejected": "I do not know."}
     for chat in CHATS
@@ -65,21 +60,8 @@ def trained(tmp_path_factory, tiny_tokenizer) -> Path:
             path = root / f"{ranks}-{name}.yaml"
             path.write_text(json.dumps(config))
             words += [stage, str(path)]
-        launch(ranks, *words)
+        on_ranks(1 if ranks == "one" else 2, *words)
     return root
-
-
-def launch(ranks: str, *words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *(TORCHRUN if ranks != "one" else []), str(WORKER), *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=WORKER.parent,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("layout", ["two", "sharded"])
@@ -108,7 +90,7 @@ def test_a_sharded_run_of_an_adapter_goes_on_as_it_would_have(trained, tmp_path)
     cut_back(folder, 2)
     config = json.loads((trained / "sharded-lora.yaml").read_text()) | {"output_dir": str(folder)}
     (tmp_path / "lora.yaml").write_text(json.dumps(config))
-    launch("two", "--resume", "sft", str(tmp_path / "lora.yaml"))
+    on_ranks(2, "--resume", "sft", str(tmp_path / "lora.yaml"))
     places = (folder, trained / "sharded" / "lora")
     end, expected = (load_file(place / "final" / "adapter_model.safetensors") for place in places)
     assert all(torch.equal(end[key], tensor) for key, tensor in expected.items())

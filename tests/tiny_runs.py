@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +86,23 @@ def run_command(monkeypatch, *words: str) -> int:
     with pytest.raises(SystemExit) as stop:
         main()
     return int(stop.value.code or 0)
+
+
+def on_ranks(ranks: int, *words: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """stages_on_ranks.py, alone or under torchrun."""
+    worker = Path(__file__).with_name("stages_on_ranks.py")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(worker), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        cwd=worker.parent,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0 or not check, done.stderr[-5000:]
+    return done
 
 
 def write_yaml(path: Path, config) -> Path:

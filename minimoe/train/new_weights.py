@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from minimoe.config import TrainingRun
 from minimoe.errors import UserError
-from minimoe.folder import check_folder
+from minimoe.folder import check_folder, read_object
 from minimoe.loading import FIX, check_vocabulary, model_folder, quiet_transformers
 from minimoe.model.config import MiniMoeConfig
 from minimoe.model.language_model import MiniMoeForCausalLM
@@ -90,10 +90,14 @@ def open_without_weights(path: str) -> tuple[MiniMoeForCausalLM, Any]:
     """
     folder = model_folder(path)
     check_folder(folder)
-    config = MiniMoeConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type != "minimoe":
-        raise UserError(f"a {config.model_type} model; a minimoe model is needed", where=str(folder))
-    model = without_weights(config)
+    kind = read_object(folder / "config.json").get("model_type")
+    if kind != MiniMoeConfig.model_type:
+        fix = "give one trained by minimoe"
+        raise UserError(f"a {kind} model; a minimoe model is needed", where=str(folder), fix=fix)
+    try:
+        model = without_weights(MiniMoeConfig.from_pretrained(folder, local_files_only=True))
+    except ValueError as error:
+        raise UserError(f"cannot open the model: {error}", where=str(folder), fix=FIX) from error
     model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     tokenizer = load_tokenizer(str(folder))
     check_vocabulary(model, tokenizer, str(folder))
