@@ -99,6 +99,11 @@ def has_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
+def adapts_experts(model: Any) -> bool:
+    """Whether adapters stand on stacked experts, whose faster forms then decline."""
+    return any(".mlp.experts." in name and ".lora_" in name for name, _ in model.named_parameters())
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether the folder holds an adapter rather than a model."""
     return (folder / ADAPTER_CONFIG).is_file()

@@ -23,8 +23,10 @@ from minimoe.loading import load_model
 from minimoe.model import dispatch
 from minimoe.model.language_model import MiniMoeForCausalLM
 from minimoe.ops import using
+from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train import sft
 from minimoe.train.optim import build_optimizers
+from minimoe.train.parallel import fast_float32
 
 EVERYTHING = ("attention", "dense", "shared_experts", "experts", "router", "control_tokens")
 SIGMOID = {"scoring_func": "sigmoid", "n_shared_experts": 1, "first_k_dense_replace": 1, "router_bias_update_rate": 0.1}
@@ -261,3 +263,15 @@ def test_tokens_that_the_base_has_never_seen_are_told_of(base, run, capsys, tiny
     with torch.no_grad():
         untied.get_input_embeddings().weight[5] *= 0.01
     assert adapters.untrained(untied, {"<a>": 5, "<b>": 6}) == ["<a>"]
+
+
+def test_adapters_of_experts_do_without_onednn_whose_kernels_are_of_a_size_each(base):
+    device = torch.device("cpu")
+    with float32_by_onednn(device, 512):
+        expected = torch.get_float32_matmul_precision()  # where this CPU has no use for it, the usual one
+    for targets, precision in ((("attention", "shared_experts"), expected), (("experts",), "highest")):
+        model, _ = load_model(base, "cpu")
+        adapters.add_lora(model, LoraConfig(targets=targets), base)
+        model.config.hidden_size = 512
+        with fast_float32(model, device):
+            assert torch.get_float32_matmul_precision() == precision

@@ -29,10 +29,9 @@ from minimoe.data.shards import Corpus, cache_folder
 from minimoe.errors import disk_errors
 from minimoe.failpoints import failpoint
 from minimoe.loading import model_folder
-from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train.loop import fit
 from minimoe.train.objectives import HeldOut, Step
-from minimoe.train.parallel import make_accelerator
+from minimoe.train.parallel import fast_float32, make_accelerator
 from minimoe.train.preference import preference_objective
 from minimoe.train.sft import start_from
 
@@ -137,7 +136,7 @@ def reference_logprobs(corpus: Corpus, config: DpoRun, model: Any, pad_id: int, 
         for start in range(0, packing.num_rows, rows):
             numbers = range(start, min(start + rows, packing.num_rows))
             batch = packing.stack([packing.row(0, number) for number in numbers]).to(accelerator.device)
-            with accelerator.autocast(), float32_by_onednn(accelerator.device, model.config.hidden_size):
+            with accelerator.autocast(), fast_float32(model, accelerator.device):
                 outputs = model(**batch.model_inputs(), skip_logits=True, logprob_temperature=1.0, use_cache=False)
             sums = batch.sums(outputs.token_logprobs).float().cpu().numpy()  # type: ignore[attr-defined]
             for number, row in zip(numbers, sums, strict=True):

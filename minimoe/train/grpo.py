@@ -23,11 +23,10 @@ from minimoe.data.loader import Data
 from minimoe.data.prompts import Prompt, open_prompts
 from minimoe.errors import UserError
 from minimoe.failpoints import failpoint
-from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train.answers import RolloutBatch, answers_mask
 from minimoe.train.loop import fit
 from minimoe.train.objectives import HeldOut, Losses, Objective, Step, add_router_terms
-from minimoe.train.parallel import make_accelerator
+from minimoe.train.parallel import fast_float32, make_accelerator
 from minimoe.train.rewards import Rewards
 from minimoe.train.rollouts import Rollouts, answer_all
 from minimoe.train.sft import start_from
@@ -137,7 +136,7 @@ def first_logprobs(model: Any, temperature: float, rows: int, accelerator: Accel
         adapters.choose(model, None)
     try:
         parts = []
-        with accelerator.autocast(), float32_by_onednn(accelerator.device, model.config.hidden_size):
+        with accelerator.autocast(), fast_float32(model, accelerator.device):
             for part in Batch(*list(batch.tensors().values())[:4]).to(accelerator.device).split(rows):
                 inputs = part.model_inputs()
                 outputs = model(**inputs, skip_logits=True, logprob_temperature=temperature, use_cache=False)

@@ -25,7 +25,6 @@ from minimoe.evaluate.perplexity import evaluate_model
 from minimoe.failpoints import failpoint
 from minimoe.generation.engine import Engine
 from minimoe.loading import FINAL
-from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train.checkpoint import save_weights, written_whole
 from minimoe.train.facts import write_facts
 from minimoe.train.files import CHECKPOINTS
@@ -42,7 +41,7 @@ from minimoe.train.optim import (
     set_lr,
     update_selection_bias,
 )
-from minimoe.train.parallel import forward_backward, ranks_may_die, wrap
+from minimoe.train.parallel import fast_float32, forward_backward, ranks_may_die, wrap
 from minimoe.train.plan import estimate_step_seconds, print_plan
 from minimoe.train.preemption import StopRequest, StopRequested
 from minimoe.train.preflight import check_run
@@ -273,7 +272,7 @@ def _step(run: Run) -> None:
     batch = run.data.train.batch(state.step, train.batch_size, rank, accelerator.num_processes)
     factor = lr_at_step(state.step, run.total_steps, config.schedule)
     set_lr(run.optimizers, factor)
-    with float32_by_onednn(accelerator.device, run.model.config.hidden_size):
+    with fast_float32(run.model, accelerator.device):
         terms, expert_counts = forward_backward(run.wrapped, batch, run.objective, run.micro_rows, accelerator)
     poison(terms, run.model)
     grad_norm = clip_grad_norm(run.model.parameters(), train.max_grad_norm)

@@ -17,9 +17,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
+from minimoe.adapters import adapts_experts
 from minimoe.config import ParallelConfig, TrainConfig
 from minimoe.device import has_bf16, pick_device
 from minimoe.errors import StorageError, UserError
+from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train.objectives import Objective, Step
 from minimoe.train.sharding import is_sharded, resolve
 
@@ -79,6 +81,15 @@ def wrap(model: Any, accelerator: Accelerator) -> Any:
     with warnings.catch_warnings():  # torch has a new name for it, which accelerate does not know yet
         warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
         return accelerator.prepare(model)
+
+
+def fast_float32(model: Any, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """oneDNN for float32 matmuls, where it is faster and the rows of a matmul come in few sizes.
+
+    Experts with adapters go by the plain path, which gives each of them as many rows as chose it: oneDNN would keep a
+    kernel for every number, by the gigabyte, and be slower.
+    """
+    return contextlib.nullcontext() if adapts_experts(model) else float32_by_onednn(device, model.config.hidden_size)
 
 
 def forward_backward(

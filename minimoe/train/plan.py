@@ -18,10 +18,10 @@ from minimoe.config import ScheduleConfig, TrainConfig
 from minimoe.data.formats import left_aside
 from minimoe.device import has_bf16
 from minimoe.model.config import num_parameters
-from minimoe.ops.onednn import float32_by_onednn
 from minimoe.train.metrics import duration
 from minimoe.train.objectives import Step
 from minimoe.train.optim import Muon, newton_schulz
+from minimoe.train.parallel import fast_float32
 from minimoe.train.sharding import Layout, local, resolve
 from minimoe.train.shares import Work, memory, traffic
 from minimoe.train.snapshot import get_rng, set_rng
@@ -127,7 +127,7 @@ def estimate_step_seconds(run: Run) -> float:
     times = []
     for _ in range(2):  # the first also pays for allocation and kernel selection
         start = time.perf_counter()
-        with accelerator.autocast(), float32_by_onednn(accelerator.device, model.config.hidden_size):
+        with accelerator.autocast(), fast_float32(model, accelerator.device):
             run.objective(model, micro, Step.of(micro)).loss.backward()
         model.zero_grad()
         _synchronise(accelerator)
