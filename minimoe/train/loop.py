@@ -172,7 +172,7 @@ def _prepare(
         keep_freed_memory()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ranks = None
+    layout = ranks = None
     if not has_none(model):
         model.to(accelerator.device)
     if config.parallel is not None:
@@ -188,7 +188,7 @@ def _prepare(
     state = TrainerState(data_fingerprint=data.fingerprint, config=values)
     if resume:
         load_data = data.train.load_state_tensors
-        state = resume_run(folder / CHECKPOINTS, model, optimizers, accelerator, state, load_data)
+        state = resume_run(folder / CHECKPOINTS, model, optimizers, accelerator, state, load_data, layout)
     if accelerator.is_main_process:
         claim_folder(config, keep=resume)
     logger = MetricsLogger(

@@ -6,6 +6,7 @@ A sharded model is sharded first, while it takes no memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,13 +116,23 @@ def read(model: Any, path: str, layout: Layout, device: torch.device) -> None:
     draw(model, device, with_buffers_alone=True)
     if in_parts(folder):
         read_into(folder, distinct(model))
-        return
+    else:
+        read_plain(model, folder, layout)
+
+
+@torch.no_grad()
+def read_plain(model: Any, folder: Path, layout: Layout | None) -> None:
+    """Into a model that has room for them: the weights of a folder as `transformers` writes it, each rank its part.
+
+    Raises:
+        UserError: they cannot be read, or some are missing or of another shape.
+    """
     try:
         with quiet_transformers():
             found = type(model).from_pretrained(
                 folder,
                 dtype=torch.float32,
-                distributed_config=distributed_config(layout),
+                distributed_config=None if layout is None else distributed_config(layout),
                 local_files_only=True,
                 use_safetensors=True,
             )

@@ -15,6 +15,7 @@ from minimoe.adapters import check_same_base, has_adapter
 from minimoe.errors import UserError
 from minimoe.model.config import MiniMoeConfig
 from minimoe.train import checkpoint
+from minimoe.train.sharding import Layout
 from minimoe.train.snapshot import TrainerState, load_state, restore
 
 # What a resumed run must share with the one it continues; every other change of the config is only logged.
@@ -30,6 +31,7 @@ def resume(
     accelerator: Accelerator,
     fresh: TrainerState,
     load_data: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
+    layout: Layout | None = None,
 ) -> TrainerState:
     """State of the newest verified checkpoint, loaded into the model; the fresh state when there is none.
 
@@ -65,7 +67,7 @@ def resume(
             fix="restore the data and the data section of the config, or start a new run with another output_dir",
         )
     accelerator.print(f"resuming from {found}" + (f", with {_listed(changes)}" if changes else ""))
-    state = restore(found, model, optimizers, accelerator.process_index, load_data)
+    state = restore(found, model, optimizers, accelerator.process_index, load_data, layout)
     state.config = fresh.config
     return state
 

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 
 from minimoe.adapters import ADAPTER_WEIGHTS, has_adapter, name_in_file, trained_tensors
 from minimoe.errors import CheckpointError, NonFiniteError
-from minimoe.loading import quiet_transformers
 from minimoe.sharded_files import distinct, in_parts, read_into, read_shapes
 from minimoe.train.guard import StepGuard
-from minimoe.train.sharding import fill, local, whole
+from minimoe.train.new_weights import read_plain
+from minimoe.train.sharding import Layout, fill, local, whole
 
 TRAINER_STATE = "trainer.json"
 OPTIMIZER_STATE = "optimizer.safetensors"
@@ -100,8 +100,15 @@ def restore(
     optimizers: list[Optimizer],
     rank: int,
     load_data: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
+    layout: Layout | None = None,
 ) -> TrainerState:
-    """Put weights, optimizer moments, random generators and the data's state back as they were."""
+    """Put weights, optimizer moments, random generators and the data's state back as they were.
+
+    Args:
+        rank: whose generators; data's state is the same for all.
+        load_data: takes that state.
+        layout: of a sharded model.
+    """
     shapes = read_shapes(folder)
     weights: dict[str, Tensor] = {}
     if has_adapter(model):
@@ -110,13 +117,8 @@ def restore(
             fill(target, values[name_in_file(name)])
     elif in_parts(folder):
         weights = distinct(model)
-    else:  # transformers' own names
-        with quiet_transformers():
-            loaded = type(model).from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-            )
-        for name, tensor in distinct(loaded).items():
-            fill(model.get_parameter_or_buffer(name), tensor)
+    else:
+        read_plain(model, folder, layout)
     moments = {k: v for i, optimizer in enumerate(optimizers) for k, v in _make_moments(optimizer, i, shapes).items()}
     read_into(folder, weights | moments)
     if rng := _read(folder, f"rng.{rank}."):  # a larger number of processes than before: the new ones keep their seed
