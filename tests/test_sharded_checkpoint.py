@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import MODEL, STORIES, cut_back, on_ranks, training_rows, weights
+from tiny_runs import MODEL, STORIES, cut_back, on_ranks, rows, training_rows, weights
 
 from minimoe.errors import EXIT_IO, EXIT_PREEMPTED
 from minimoe.failpoints import VARIABLE
@@ -181,35 +181,40 @@ def test_a_part_that_is_cut_flipped_missing_or_of_another_step_is_found_and_the_
     assert latest(job.checkpoints) == (newest, {})
 
 
-# What happens at or beside the second checkpoint, and the newest one that is left: one of these.
+# What happens at or beside the second checkpoint, and the newest one that is left: one of these. LAST: of the ranks.
 ENDS = {
     "rank 0 is killed in a step": ({VARIABLE: "train.step@5#0=kill"}, (2, 4)),
-    "rank 1 is killed in a step": ({VARIABLE: "train.step@5#1=kill"}, (2, 4)),
-    "rank 1 is killed with its part written": ({VARIABLE: "save.shard@2#1=kill"}, (2,)),
+    "the last is killed in a step": ({VARIABLE: "train.step@5#LAST=kill"}, (2, 4)),
+    "the last is killed with its part written": ({VARIABLE: "save.shard@2#LAST=kill"}, (2,)),
     "rank 0 is killed between the parts and the manifest": ({VARIABLE: "save.shards@2#0=kill"}, (2,)),
     "rank 0 is killed after the rename": ({VARIABLE: "save.published@2#0=kill"}, (4,)),
     "rank 0 cannot write the manifest": ({VARIABLE: "save.manifest@2#0=full"}, (2,)),
-    "rank 1 cannot write its part": ({"LIMIT_RANK": "1", "LIMIT_BYTES": "20000"}, (0,)),
-    "rank 1 gets SIGTERM": ({VARIABLE: "train.step@3#1=signal:SIGTERM"}, (3,)),
+    "the last cannot write its part": ({"LIMIT_RANK": "LAST", "LIMIT_BYTES": "10000"}, (0,)),
+    "the last gets SIGTERM": ({VARIABLE: "train.step@3#LAST=signal:SIGTERM"}, (3,)),
 }
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory, tiny_tokenizer_dir) -> dict[str, tuple[Job, int, dict]]:
-    """Runs that ended so, with the newest checkpoint and the status that they left; all have been resumed since."""
-    root, found = tmp_path_factory.mktemp("ended"), {}
+@pytest.fixture(scope="module", params=(2, 4), ids="{} ranks".format)
+def ended(request, tmp_path_factory, tiny_tokenizer_dir) -> tuple[dict[str, tuple[Job, int, dict]], Job]:
+    """Runs that ended so, with the newest checkpoint and the status that they left, and one that nothing disturbed; all
+    have been resumed since."""
+    root, found, ranks = tmp_path_factory.mktemp("ended"), {}, request.param
+    undisturbed = Job(root, "whole", tiny_tokenizer_dir)
     for number, (case, (environment, _)) in enumerate(ENDS.items()):
         job = Job(root, f"run-{number}", tiny_tokenizer_dir)
-        assert job.start(**environment).returncode != 0, case
+        words = {name: value.replace("LAST", str(ranks - 1)) for name, value in environment.items()}
+        assert job.start(ranks, **words).returncode != 0, case
         found[case] = (job, job.newest(), job.status())
-    on_ranks(2, "--resume", *(word for job, *_ in found.values() for word in ("pretrain", str(job.config))))
-    return found
+    jobs = [undisturbed, *(job for job, *_ in found.values())]
+    on_ranks(ranks, "--resume", *(word for job in jobs for word in ("pretrain", str(job.config))))
+    return found, undisturbed
 
 
 @pytest.mark.on_demand
 @pytest.mark.parametrize("case", ENDS)
-def test_a_run_that_ended_badly_goes_on_from_the_last_checkpoint(case, ended, whole):
-    job, newest, status = ended[case]
+def test_a_run_that_ended_badly_goes_on_from_the_last_checkpoint(case, ended):
+    jobs, undisturbed = ended
+    job, newest, status = jobs[case]
     assert newest in ENDS[case][1]
     if "cannot write" in case:
         assert status["exit_code"] == EXIT_IO
@@ -217,7 +222,19 @@ def test_a_run_that_ended_badly_goes_on_from_the_last_checkpoint(case, ended, wh
     if "SIGTERM" in case:
         assert status["exit_code"] == EXIT_PREEMPTED
     assert not list(job.checkpoints.glob(".*"))
-    assert_same_end(job, whole)
+    assert_same_end(job, undisturbed)
+
+
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(tmp_path, tiny_tokenizer_dir):
+    job = Job(tmp_path, "skips", tiny_tokenizer_dir)
+    done = job.start(**{VARIABLE: "train.loss@3#1=nan"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    (event,) = (row for row in rows(job.folder) if "event" in row)
+    assert (event["event"], event["step"], event["skipped"]) == ("non-finite", 3, True)
+    assert {file.name for file in (job.folder / "skipped").iterdir()} == {
+        f"step-00000003-rank-{rank}.safetensors" for rank in (0, 1)
+    }
+    assert verify(job.checkpoints / f"step-{STEPS:08d}") is None
 
 
 def test_one_ranks_full_disk_ends_all_and_the_older_checkpoint_stays(tmp_path, tiny_tokenizer_dir):
