@@ -54,6 +54,14 @@ def test_a_model_that_one_gpu_cannot_hold_is_sharded():
     assert choose(SMALL, WORK, 8, "rtx4090").fits
 
 
+def test_what_the_host_keeps_is_not_on_the_gpu_and_travels_to_it():
+    plain, offloaded = (estimate(LARGE, WORK, 64, "h100", Layout(8, 8, 1, offload)) for offload in (False, True))
+    kept = sum(plain.memory[kind] for kind in ("weights", "gradients", "moments"))
+    assert offloaded.memory_bytes == pytest.approx(plain.memory_bytes - kept)
+    assert offloaded.weights_seconds > plain.weights_seconds
+    assert str(offloaded.layout) == "8 replicas, sharded over 8, kept by the host"
+
+
 def test_a_plan_for_gpus_runs_nothing_and_takes_the_layout_of_the_config(
     tmp_path, pretrain_config, monkeypatch, capsys
 ):
@@ -61,7 +69,12 @@ def test_a_plan_for_gpus_runs_nothing_and_takes_the_layout_of_the_config(
     words = ["plan", str(config), "--gpus", "8", "--gpu", "a100", "--json"]
     assert run_command(monkeypatch, *words, "parallel.expert_size=2", "parallel.replicate_size=2") == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["cluster"]["layout"] == {"replicate_size": 2, "fsdp_size": 4, "expert_size": 2}
+    assert plan["cluster"]["layout"] == {
+        "replicate_size": 2,
+        "fsdp_size": 4,
+        "expert_size": 2,
+        "cpu_offload": False,
+    }
     assert plan["memory"]["peak_bytes"] == int(sum(plan["memory"]["by_kind"].values()))
     assert plan["time"]["seconds"] == pytest.approx(100 * plan["time"]["step_seconds"])
     assert not (tmp_path / "run").exists()

@@ -55,6 +55,13 @@ def test_two_draws_of_a_seed_are_the_same():
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
+def test_parameters_may_stay_elsewhere_than_the_model_computes():
+    model = without_weights(tiny_model().config)
+    draw(model, "meta", kept_on="cpu")  # meta as the other device
+    assert model.device.type == "meta"
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 def test_a_folder_is_opened_without_its_weights_and_read_after(tmp_path, tiny_tokenizer):
     saved = tiny_model(vocab_size=len(tiny_tokenizer))
     saved.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minimoe.config.training import TrainConfig
+from minimoe.config.training import ParallelConfig, TrainConfig
 from minimoe.errors import UserError
 from minimoe.train.parallel import check_launcher, make_accelerator
 
@@ -35,3 +35,9 @@ def test_one_process_of_accelerate_on_a_cpu_is_told_how_to_be_several(monkeypatc
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     make_accelerator(TrainConfig(max_steps=1, device="cpu"))
     assert "torchrun --nproc_per_node 2" in capsys.readouterr().err
+
+
+def test_offloading_needs_a_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="for GPUs, and train.device is cpu"):
+        make_accelerator(TrainConfig(max_steps=1, device="cpu"), ParallelConfig(cpu_offload=True))

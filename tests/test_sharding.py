@@ -24,6 +24,7 @@ from minimoe.train.sharding import check_sharding, resolve
 LAYOUTS = {
     "fsdp": {},
     "experts": {"expert_size": 2},
+    "offloaded": {"cpu_offload": True},
     "replicas": {"replicate_size": 2},
     "all": {"replicate_size": 2, "expert_size": 2},
 }
@@ -72,7 +73,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     }
     for place, ranks, layouts in (
         ("one", 1, [None]),
-        ("two", 2, ["fsdp", "experts"]),
+        ("two", 2, ["fsdp", "experts", "offloaded"]),
         ("four", 4, ["replicas", "all"]),
     ):
         words = []
@@ -90,7 +91,7 @@ def runs(tmp_path_factory, tiny_tokenizer_dir) -> Path:
     return root
 
 
-CASES = [(layout, name) for layout in ("fsdp", "experts") for name in ("adamw", "muon", "idle", "sft")]
+CASES = [(layout, name) for layout in ("fsdp", "experts", "offloaded") for name in ("adamw", "muon", "idle", "sft")]
 CASES += [(layout, name) for layout in ("replicas", "all") for name in ("adamw", "muon")]  # of four ranks
 
 
@@ -164,6 +165,8 @@ def test_a_run_saved_on_one_layout_goes_on_on_another(runs, tmp_path):
         ({"replicate_size": 3}, 4, "does not divide the 4 ranks", "[1, 2, 4]"),
         ({"expert_size": 3}, 4, "does not divide parallel.fsdp_size 4", "[1, 2, 4]"),
         ({}, 1, "there is one", "torchrun"),
+        ({"cpu_offload": True, "expert_size": 2}, 4, "experts over 2 ranks are not", "parallel.expert_size to 1"),
+        ({"cpu_offload": True, "replicate_size": 4}, 4, "copies do not", "parallel.fsdp_size to more than 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_would(section, world, message, fix):

@@ -137,6 +137,9 @@ class ParallelConfig(Section):
     )
     replicate_size: int = Field(1, ge=1, description="copies of such a group of ranks (HSDP)")
     expert_size: int = Field(1, ge=1, description="ranks that share out the experts, to which tokens travel; 1: no")
+    cpu_offload: bool = Field(
+        False, description="keep weights, gradients and moments in the host's memory; a GPU holds the layers at work"
+    )
     timeout_seconds: int = Field(600, ge=1, description="that a rank waits for another before it takes it for dead")
 
     @field_validator("fsdp_size")

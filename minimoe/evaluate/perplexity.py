@@ -71,7 +71,7 @@ def evaluate_model(
         poll: called on every process before each has one more batch; it may raise to abandon the evaluation.
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = next(model.parameters()).device
+    device = model.device
     was_training = model.training
     model.eval()
     nats, tokens, batch, index = 0.0, 0, None, -1

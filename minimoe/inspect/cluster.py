@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from minimoe.errors import UserError
 from minimoe.model.costs import training_flops
 from minimoe.train.sharding import Layout
-from minimoe.train.shares import Traffic, Work, memory, traffic
+from minimoe.train.shares import Traffic, Work, held_by_gpu, memory, traffic
 
 PER_NODE = 8
 
@@ -33,6 +33,7 @@ GPUS = {
     "b200": Gpu(2250e12, 180e9, 900e9, 50e9),
     "rtx4090": Gpu(165e12, 24e9, 25e9, 12e9),
 }
+HOST_LINK = 25e9  # bytes a second between a GPU and its host: PCIe 4.0 with 16 lanes, of 32 in theory
 UTILISATION = 0.35  # of those operations that a training step is taken to reach, without what it waits for
 
 
@@ -57,8 +58,8 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> float:
-        """All kinds together."""
-        return sum(self.memory.values())
+        """All kinds together that the GPU holds."""
+        return sum(held_by_gpu(self.memory, self.layout).values())
 
 
 def estimate(values: Mapping[str, Any], work: Work, gpus: int, gpu: str, layout: Layout) -> Estimate:
@@ -71,6 +72,8 @@ def estimate(values: Mapping[str, Any], work: Work, gpus: int, gpu: str, layout:
     # A group of ranks beyond one node sends as fast as the link between nodes.
     within = layout.fsdp_size <= PER_NODE
     weights = sent.weights / (kind.inside if within else kind.outside)
+    if layout.cpu_offload:  # fetched for both passes, and gradients back
+        weights += micros * (2 * held["weights"] + held["gradients"]) / HOST_LINK
     replicas = sent.replicas / (kind.inside if gpus <= PER_NODE else kind.outside)
     return Estimate(
         gpus,
@@ -81,7 +84,7 @@ def estimate(values: Mapping[str, Any], work: Work, gpus: int, gpu: str, layout:
         compute_seconds=flops * tokens * micros / (kind.flops * UTILISATION),
         weights_seconds=weights + replicas,
         tokens_seconds=sent.tokens / (kind.inside if layout.expert_size <= PER_NODE else kind.outside),
-        fits=sum(held.values()) <= 0.9 * kind.memory,
+        fits=sum(held_by_gpu(held, layout).values()) <= 0.9 * kind.memory,
     )
 
 

@@ -76,6 +76,11 @@ class MiniMoePreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(MiniMoeAttention, index=1),
     }
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: with its rotary angles. Weights may be kept elsewhere until they are needed."""
+        return self.base_model.rotary_emb.inv_freq.device
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True

@@ -42,17 +42,24 @@ def give_weights(model: Any, layout: Layout, config: TrainingRun, device: torch.
         read(model, folder, layout, device)
         torch.manual_seed(config.seed)
     else:
-        draw(model, device)
+        draw(model, device, kept_on="cpu" if layout.cpu_offload else device)
 
 
 @torch.no_grad()
-def draw(model: Any, device: torch.device | str = "cpu", with_buffers_alone: bool = False) -> None:
+def draw(
+    model: Any,
+    device: torch.device | str = "cpu",
+    with_buffers_alone: bool = False,
+    kept_on: torch.device | str | None = None,
+) -> None:
     """Fresh weights by torch's generator, the same on every layout: of each module that it draws a rank keeps its part.
 
     Args:
+        device: that the model computes on.
         with_buffers_alone: only of modules that have a buffer, such as rotary angles, which no file has.
+        kept_on: where the parameters stay between passes; None: there too.
     """
-    model.to_empty(device=device)
+    model.to_empty(device=kept_on or device)
     model.tie_weights()
     drawn: set[int] = set()
     for module in _inner_first(model):
@@ -69,7 +76,9 @@ def draw(model: Any, device: torch.device | str = "cpu", with_buffers_alone: boo
             for name, target in before.items():
                 if target is not None and id(target) not in drawn:  # tied: as it was drawn first
                     drawn.add(id(target))
-                    fill(target, values[name].to(device))
+                    fill(target, values[name].to(target.device))
+    for module in model.modules():
+        module._buffers |= {name: None if b is None else b.to(device) for name, b in module._buffers.items()}
 
 
 def _whole_like(tensor: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ def read(model: Any, path: str, layout: Layout, device: torch.device) -> None:
         UserError: they cannot be read, or some are missing or of another shape.
     """
     folder = model_folder(path)
-    draw(model, device, with_buffers_alone=True)
+    draw(model, device, with_buffers_alone=True, kept_on="cpu" if layout.cpu_offload else device)
     if in_parts(folder):
         read_into(folder, distinct(model))
     else:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -34,9 +35,11 @@ def make_accelerator(train: TrainConfig, parallel: ParallelConfig | None = None)
             accelerate was configured for something else than data-parallel training.
     """
     check_launcher(os.environ)
+    device = pick_device(train.device, where="train.device")
     if parallel is not None:
         resolve(parallel, int(os.environ.get("WORLD_SIZE", "1")))
-    device = pick_device(train.device, where="train.device")
+        if parallel.cpu_offload:
+            begin_offload(device, parallel)
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         print(f"note: on a CPU, accelerate launch starts one process; for two: {_TORCHRUN}", file=sys.stderr)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16(device))
@@ -48,6 +51,21 @@ def make_accelerator(train: TrainConfig, parallel: ParallelConfig | None = None)
         # Every rank computes the same selection bias itself; rank 0's copy must not overwrite it each forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), *timeout],
     )
+
+
+def begin_offload(device: torch.device, parallel: ParallelConfig) -> None:
+    """A process group in which tensors of the GPU and of the host travel; `accelerate` would make one of the GPU's.
+
+    Raises:
+        UserError: the device is no GPU.
+    """
+    if device.type != "cuda":
+        raise UserError(
+            f"parallel.cpu_offload is for GPUs, and train.device is {device.type}", fix="leave parallel.cpu_offload out"
+        )
+    if not dist.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timedelta(seconds=parallel.timeout_seconds))
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:

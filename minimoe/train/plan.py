@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from minimoe.train.objectives import Step
 from minimoe.train.optim import Muon, newton_schulz
 from minimoe.train.parallel import fast_float32
 from minimoe.train.sharding import Layout, local, resolve
-from minimoe.train.shares import Work, memory, traffic
+from minimoe.train.shares import Work, held_by_gpu, memory, traffic
 from minimoe.train.snapshot import get_rng, set_rng
 
 if TYPE_CHECKING:
@@ -103,9 +104,16 @@ def _shares(run: Run, layout: Layout) -> dict[str, str]:
     value_bytes = 2 if run.accelerator.mixed_precision == "bf16" else 4
     held = memory(values, work, tokens, layout, value_bytes)
     sent = traffic(values, layout, tokens, micros, value_bytes, work.recomputed)
+    by_gpu = held_by_gpu(held, layout)
+    by_host = {kind: size for kind, size in held.items() if kind not in by_gpu}
+
+    def listed(sizes: Mapping[str, float]) -> str:
+        kinds = ", ".join(f"{kind} {megabytes(size)}" for kind, size in sizes.items() if size)
+        return f"about {megabytes(sum(sizes.values()))}: {kinds}"
+
     return {
-        "each rank holds": f"about {megabytes(sum(held.values()))}: "
-        + ", ".join(f"{kind} {megabytes(size)}" for kind, size in held.items() if size),
+        "each rank holds": listed(by_gpu),
+        **({"its host for it": listed(by_host)} if by_host else {}),
         "and sends a step": ", ".join(f"{kind} {megabytes(size)}" for kind, size in sent._asdict().items() if size)
         or "nothing",
     }

@@ -29,12 +29,14 @@ class Layout(NamedTuple):
     replicate_size: int
     fsdp_size: int
     expert_size: int
+    cpu_offload: bool = False
 
     def __str__(self) -> str:
         if self.fsdp_size == 1:
             return f"{self.replicate_size} copies"
         parts = [f"{self.replicate_size} replicas" if self.replicate_size > 1 else "", f"sharded over {self.fsdp_size}"]
         parts.append(f"experts over {self.expert_size}" if self.expert_size > 1 else "")
+        parts.append("kept by the host" if self.cpu_offload else "")
         return ", ".join(part for part in parts if part)
 
 
@@ -61,12 +63,18 @@ def resolve(parallel: ParallelConfig, world: int) -> Layout:
             f"parallel.expert_size {parallel.expert_size} does not divide parallel.fsdp_size {fsdp}",
             fix=f"set it to one of {_divisors(fsdp)}",
         )
+    if parallel.cpu_offload and (fsdp == 1 or parallel.expert_size > 1):
+        raise UserError(
+            "parallel.cpu_offload is for weights that ranks share out and gather, which "
+            + ("copies do not" if fsdp == 1 else f"experts over {parallel.expert_size} ranks are not"),
+            fix="set parallel.fsdp_size to more than 1 and parallel.expert_size to 1, or leave cpu_offload out",
+        )
     if world == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # what is left of an elastic run goes on alone
         raise UserError(
             "parallel: is for several ranks, and there is one",
             fix="start it by torchrun --nproc_per_node N -m minimoe.cli, or leave the section out",
         )
-    return Layout(replicas, fsdp, parallel.expert_size)
+    return Layout(replicas, fsdp, parallel.expert_size, parallel.cpu_offload)
 
 
 def check_sharding(layout: Layout, model_config: Any, train: TrainConfig) -> None:
@@ -97,7 +105,10 @@ def distributed_config(layout: Layout) -> DistributedConfig | None:
     if layout.replicate_size * layout.fsdp_size == 1:
         return None
     return DistributedConfig(
-        fsdp_size=layout.fsdp_size, dp_replicate_size=layout.replicate_size, ep_size=layout.expert_size
+        fsdp_size=layout.fsdp_size,
+        dp_replicate_size=layout.replicate_size,
+        ep_size=layout.expert_size,
+        fsdp_cpu_offload=layout.cpu_offload,
     )
 
 
@@ -118,7 +129,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def in_step(model: nn.Module) -> Iterator[None]:
+def in_step(model: Any) -> Iterator[None]:
     """Let ranks call a sharded model different numbers of times, without gradients.
 
     A forward pass is a collective. A rank that is done goes along, with passes of one token, until all are done.
@@ -126,7 +137,7 @@ def in_step(model: nn.Module) -> Iterator[None]:
     if not is_sharded(model):
         yield
         return
-    device = local(next(model.parameters())).device
+    device = model.device
 
     def any_goes_on(mine: bool) -> bool:
         count = torch.tensor(int(mine), device=device)

@@ -52,7 +52,7 @@ def traffic(
         tokens: of one micro-batch on one rank.
         activation_bytes: of a value that travels: 2 in bf16, 4 in fp32.
     """
-    replicas, fsdp, shared = layout
+    replicas, fsdp, shared = layout[:3]
     parts = parameters_by_part(values)
     experts = parts["routed experts"]
     dense = sum(parts.values()) - experts
@@ -70,6 +70,12 @@ def traffic(
         4.0 * rounds * between,
         float(micro_batches * activation_bytes * travelling),
     )
+
+
+def held_by_gpu(held: Mapping[str, float], layout: Layout) -> dict[str, float]:
+    """Of what a rank holds: all, or what its host does not keep for it."""
+    kept = ("weights", "gradients", "moments") if layout.cpu_offload else ()
+    return {kind: size for kind, size in held.items() if kind not in kept}
 
 
 def _ring(ranks: int) -> float:
