@@ -307,6 +307,10 @@ def test_optional_outputs_follow_transformers():
     assert [tuple(state.shape) for state in outputs.hidden_states] == [(2, 6, 32)] * 3
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 6, 6)] * 2
     torch.testing.assert_close(model(input_ids, logits_to_keep=2).logits, outputs.logits[:, -2:])
+    some = torch.rand(input_ids.shape) < 0.5
+    kept = model(input_ids, labels=input_ids, logits_to_keep=some)
+    torch.testing.assert_close(kept.logits, outputs.logits[some])
+    torch.testing.assert_close(kept.lm_loss, model(input_ids, labels=input_ids).lm_loss)
     assert isinstance(model(input_ids, return_dict=False), tuple)
 
 

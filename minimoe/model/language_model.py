@@ -122,7 +122,8 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             labels: (B, S), unshifted; IGNORE_INDEX is not learned.
             shift_labels: (B, S), the same shifted already, so that position t predicts the t-th; in place of `labels`.
             output_router_logits: return the router logits and the balance loss also without labels.
-            logits_to_keep: logits of the last so many positions only (0 = all), or of given positions.
+            logits_to_keep: logits of the last so many positions only (0 = all), of given positions, or of those that
+                are True in a (B, S) bool tensor: then they are (N, V).
             num_items_in_batch: learned tokens of the whole optimizer step. Losses are then this call's share of the
                 step's mean, so that adding up micro-batches gives exactly the mean over all tokens.
             skip_logits: with labels, return no logits, which need not be held all at once then: less time and much
@@ -150,7 +151,8 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         if not (skip_logits and shift_labels is not None):
             # slice(-0, None) is everything
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.lm_head(hidden[:, kept])
+            chosen = isinstance(kept, Tensor) and kept.dtype == torch.bool
+            result.logits = self.lm_head(hidden[kept] if chosen else hidden[:, kept])
         if shift_labels is not None or output_router_logits:
             self._add_router_terms(result, outputs.routings or (), attention_mask, hidden.shape)
         if output_router_logits:
@@ -206,7 +208,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
             logprobs = token_logprobs(hidden.flatten(0, 1), self.lm_head, targets, logprob_temperature)
             result.token_logprobs = logprobs.view_as(shift_labels)
             result.lm_loss = -logprobs.sum() / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
-        elif result.logits is not None and result.logits.shape[1] == shift_labels.shape[1]:
+        elif result.logits is not None and result.logits.shape[:-1] == shift_labels.shape:
             result.lm_loss = next_token_loss(result.logits.flatten(0, 1), targets, num_items)
         else:
             result.lm_loss = hidden_loss(hidden.flatten(0, 1), self.lm_head, targets, num_items)

@@ -24,7 +24,7 @@ from minimoe.data.shards import cache_folder
 from minimoe.errors import UserError
 from minimoe.loading import load_model, model_folder
 from minimoe.model.language_model import MiniMoeForCausalLM
-from minimoe.model.losses import IGNORE_INDEX
+from minimoe.model.losses import IGNORE_INDEX, next_token_loss
 from minimoe.ops.onednn import float32_by_onednn
 from minimoe.tokenizer import set_chat_template
 from minimoe.train.loop import fit
@@ -123,9 +123,11 @@ class Teacher:
     def _ask(self, batch: Batch, learned: Tensor) -> Taught:
         with self._accelerator.autocast(), float32_by_onednn(self._accelerator.device, self._width):
             inputs = {name: tensor for name, tensor in batch.model_inputs().items() if name != "labels"}
-            if not isinstance(self._model, MiniMoeForCausalLM):
+            if isinstance(self._model, MiniMoeForCausalLM):
+                logits = self._model(**inputs, use_cache=False, logits_to_keep=learned).logits
+            else:
                 inputs["attention_mask"] = documents_mask(batch.position_ids)
-            logits = self._model(**inputs, use_cache=False).logits[learned]
+                logits = self._model(**inputs, use_cache=False).logits[learned]
         logprobs = (logits[:, : self._vocabulary].float() / self._distil.temperature).log_softmax(-1)
         if self._distil.top_k is None:
             return Taught(None, logprobs)
@@ -153,12 +155,14 @@ def distil_objective(distil: DistilConfig, teacher: Callable[[Batch, Tensor], Ta
     def objective(model: Any, batch: Batch, step: Step) -> Losses:
         learned = F.pad(batch.labels[:, 1:] != IGNORE_INDEX, (0, 1))  # (B, S)
         taught = teacher(batch, learned)
-        outputs = model(**batch.model_inputs(), num_items_in_batch=step.num_items, use_cache=False)
-        losses = divergence(outputs.logits[learned], taught, distil.temperature)
-        mean = losses.sum() / step.num_items.clamp(min=1)
+        inputs = batch.model_inputs()
+        targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1))[learned]
+        outputs = model(**inputs, output_router_logits=True, logits_to_keep=learned, use_cache=False)
+        lm_loss = next_token_loss(outputs.logits, targets, step.num_items)
+        mean = divergence(outputs.logits, taught, distil.temperature).sum() / step.num_items.clamp(min=1)
         # Its gradients are as large as the cross-entropy's when multiplied by the square of the temperature.
-        loss = (1 - distil.weight) * outputs.lm_loss + distil.weight * distil.temperature**2 * mean
-        terms = {"lm_loss": outputs.lm_loss, "divergence": mean}
+        loss = (1 - distil.weight) * lm_loss + distil.weight * distil.temperature**2 * mean
+        terms = {"lm_loss": lm_loss, "divergence": mean}
         return add_router_terms(loss, terms, model, outputs, batch, step)
 
     return objective

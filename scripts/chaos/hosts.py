@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -57,11 +58,17 @@ class Host:
         """No packet gets in or out any more."""
         run("ip", "link", "set", self.link, "down")
 
-    def slow_down(self, delay_ms: int) -> str:
-        """Each packet so late; returns what became of it."""
-        words = ["tc", "qdisc", "add", "dev", "eth0", "root", "netem", "delay", f"{delay_ms}ms"]
-        slowed = subprocess.run(["ip", "netns", "exec", self.name, *words], check=False, capture_output=True, text=True)
-        return f"each packet {delay_ms} ms late" if not slowed.returncode else f"not slowed: {slowed.stderr.strip()}"
+    def slow_down(self, megabits: int, delay_ms: int) -> str:
+        """What it sends: so many megabits a second, and where the kernel can, each packet late; returns what was done.
+
+        A link that is full delays packets anyway, by up to the 400 ms that they may wait in its queue.
+        """
+        inside = ["ip", "netns", "exec", self.name, "tc", "qdisc", "add", "dev", "eth0"]
+        late = [*inside, "root", "netem", "delay", f"{delay_ms}ms", "rate", f"{megabits}mbit"]
+        if not subprocess.run(late, check=False, capture_output=True).returncode:
+            return f"{megabits} Mbit/s and each packet {delay_ms} ms late"
+        run(*inside, "root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "400ms")
+        return f"{megabits} Mbit/s"
 
     def stop(self) -> None:
         """End its agent and what that has started."""
@@ -92,6 +99,13 @@ def steps_done(metrics: Path) -> int:
     return max((row["step"] for row in rows if "loss" in row), default=0)
 
 
+def median_seconds(metrics: Path, first: int, last: int) -> float:
+    """Of a step, from one to another."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    seconds = {row["step"]: row["seconds"] for row in rows if "loss" in row}
+    return statistics.median(seconds[step] - seconds[step - 1] for step in range(first, last) if step - 1 in seconds)
+
+
 def wait_for(metrics: Path, step: int, seconds: float, agent: Host) -> float:
     """Until the run has come so far; returns the seconds it took."""
     started = time.monotonic()
@@ -110,6 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/hosts"))
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--megabits", type=int, default=100, help="a second, that the host sends which was lost")
     parser.add_argument("overrides", nargs="*", help="of the config, e.g. train.batch_size=6")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -132,13 +147,17 @@ def main() -> None:
         print(f"one of {options.hosts} hosts cut off after step {lost_at}: the others went on after {seconds:.0f} s")
         last.remove()  # with all that it had not sent yet, as a host that is switched off
         last = hosts[-1] = Host(options.hosts - 1, words, options.hosts, options.out)
-        delayed = last.slow_down(delay_ms=5)
+        slowed = last.slow_down(options.megabits, delay_ms=5)
         last.start()
         back_at = steps_done(metrics)
         wait_for(metrics, options.steps, 600, hosts[0])
         worlds = [line for line in (options.out / "mmhost0.log").read_text(errors="replace").splitlines()
                   if "process(es)" in line]  # fmt: skip
-        print(f"back after step {back_at}, {delayed}; what the run was, one after the other:")
+        before, after = (
+            median_seconds(metrics, *steps) for steps in ((5, lost_at), (options.steps - 20, options.steps))
+        )
+        print(f"a step took {before:.2f} s on fast links, {after:.2f} s with the slow one")
+        print(f"back after step {back_at}, with a link of {slowed}; what the run was, one after the other:")
         for line in worlds:
             print("  " + line.strip())
         for host in hosts:
