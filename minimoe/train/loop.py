@@ -254,6 +254,7 @@ def _loop(run: Run) -> None:
         if run.due(train.save_every) or stopping:
             rng = gather_object([get_rng()])
             if run.has_all_weights:
+                run.saver.wait()  # for the previous one, so that there are never two copies in memory
                 data = run.data.train.state_tensors(state.step)
                 snapshot = take_snapshot(run.model, run.optimizers, state, rng, data)
                 if run.accelerator.is_main_process or run.saver.of_all_ranks:

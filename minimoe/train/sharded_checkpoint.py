@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from minimoe.train.sharding import whole
 from minimoe.train.snapshot import Snapshot, check_finite, trained
 
 T = TypeVar("T")
-_WEIGHTS, _MOMENTS = 1, 2  # the files of a rank
+_PART_BYTES = 512 << 20  # of a rank's files, each of which is made in memory before it is written
 _FILE_BYTES = 4 << 30  # of a plain model folder's files, which one rank holds while it writes them
 
 
@@ -41,7 +41,7 @@ class Ranks:
 
     def __init__(self, timeout_seconds: int) -> None:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self.rank = dist.get_rank()
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """What every rank's work gave, in their order; where it failed on one, its error is raised on all."""
@@ -52,7 +52,7 @@ class Ranks:
         except Exception as raised:
             error = raised
         failed = (type(error), error.what, error.where, error.fix) if isinstance(error, MinimoeError) else repr(error)
-        found: list[Any] = [None] * dist.get_world_size(self.group)
+        found: list[Any] = [None] * self.count
         dist.all_gather_object(found, (result, failed if error else None), group=self.group)
         if error is not None:
             raise error
@@ -96,11 +96,23 @@ def save(root: Path, snapshot: Snapshot, model: Any, tokenizer: Any, ranks: Rank
 
 def _write_own(folder: Path, snapshot: Snapshot, ranks: Ranks) -> dict[str, Any]:
     """This rank's files; their entries of the manifest."""
-    file_of = dict.fromkeys(snapshot.weights, _WEIGHTS) | dict.fromkeys(snapshot.optimizer, _MOMENTS)
+    file_of = _numbered(snapshot.weights, ranks, 1)
+    file_of |= _numbered(snapshot.optimizer, ranks, max(file_of.values()) + 1)
     with disk_errors(folder.name, folder):
         write_parts(folder, snapshot.weights | snapshot.optimizer, file_of, ranks.group)
         failpoint("save.shard")
         return {file.name: checkpoint.manifest_entry(file) for file in parts_of(folder, ranks.rank)}
+
+
+def _numbered(tensors: Mapping[str, Tensor], ranks: Ranks, first: int) -> dict[str, int]:
+    """The number of each rank's file that a tensor goes into; the same on all."""
+    found, number, size = {}, first, 0.0
+    for name, tensor in tensors.items():
+        share = tensor.nbytes / ranks.count
+        if size and size + share > _PART_BYTES:
+            number, size = number + 1, 0.0
+        found[name], size = number, size + share
+    return found
 
 
 def _publish(target: Path, manifest: dict[str, Any], snapshot: Snapshot, model: Any, tokenizer: Any) -> None:
