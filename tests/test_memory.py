@@ -1,12 +1,17 @@
-"""Freed memory stays with the process."""
+"""Freed memory stays with the process, and a run copies its state once at a time."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+import time
+import weakref
 
 import pytest
+
+from minimoe.train import loop, pretrain
+from minimoe.train import snapshot as snapshots
 
 PROGRAM = """
 from minimoe.train.memory import keep_freed_memory
@@ -32,3 +37,19 @@ def test_freed_memory_is_kept_for_the_next_step():
     by_default, kept = map(int, done.stdout.split())
     assert by_default < 10 << 20
     assert kept > 90 << 20
+
+
+def test_a_run_never_has_two_copies_of_its_state(pretrain_config, monkeypatch):
+    copies: list[weakref.ref] = []
+
+    def take(*arguments):
+        deadline = time.monotonic() + 5  # of the thread that has just said that it is done with the one before
+        while any(copy() for copy in copies):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        copies.append(weakref.ref(snapshot := snapshots.take_snapshot(*arguments)))
+        return snapshot
+
+    monkeypatch.setattr(loop, "take_snapshot", take)
+    pretrain.run(pretrain_config(max_steps=3, save_every=1))
+    assert len(copies) == 3

@@ -252,17 +252,22 @@ def _loop(run: Run) -> None:
         run.saver.check()
         stopping = run.stop.agreed(run.accelerator) and not run.done
         if run.due(train.save_every) or stopping:
-            rng = gather_object([get_rng()])
-            if run.has_all_weights:
-                run.saver.wait()  # for the previous one, so that there are never two copies in memory
-                data = run.data.train.state_tensors(state.step)
-                snapshot = take_snapshot(run.model, run.optimizers, state, rng, data)
-                if run.accelerator.is_main_process or run.saver.of_all_ranks:
-                    run.saver.submit(snapshot)
+            _save(run)
         if stopping:
             run.saver.wait()
             run.accelerator.wait_for_everyone()
             raise _preempted(run)
+
+
+def _save(run: Run) -> None:
+    """Start to save this step; the saver alone keeps the copy, and no longer than it takes to write it."""
+    rng = gather_object([get_rng()])
+    if run.has_all_weights:
+        run.saver.wait()  # for the previous one, so that there are never two copies in memory
+        data = run.data.train.state_tensors(run.state.step)
+        snapshot = take_snapshot(run.model, run.optimizers, run.state, rng, data)
+        if run.accelerator.is_main_process or run.saver.of_all_ranks:
+            run.saver.submit(snapshot)
 
 
 def _step(run: Run) -> None:
