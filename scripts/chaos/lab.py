@@ -209,9 +209,9 @@ class Reference:
         saves = run.step() / run.save_every
         return cls(run, run.result(), start_up, (time.monotonic() - started - start_up) / saves)
 
-    def moment(self, rng: random.Random) -> float:
-        """Seconds after a start at which to strike: in start-up, or up to three saves later."""
-        return rng.uniform(0, self.start_up + 3 * self.interval)
+    def moment(self, rng: random.Random, in_start_up: bool) -> float:
+        """Seconds after a start, or after the first step, at which to strike: up to three saves later."""
+        return rng.uniform(0, self.start_up if in_start_up else 3 * self.interval)
 
     def check(self, run: Run) -> None:
         """`run`, however often it was interrupted, came to the same."""
