@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -153,11 +154,12 @@ def tools(seed: int) -> Figures:
 def distil(seed: int) -> Figures:
     """A model of half the size, fine-tuned alone and with the quickstart's model as its teacher, who is asked in the
     first of two runs and read from the disk in the second."""
-    small, taught, alone = OUT / "small" / "final", OUT / "distil", OUT / "twin"
+    small, taught, alone, said = OUT / "small" / "final", OUT / "distil", OUT / "twin", OUT / "said"
+    shutil.rmtree(said, ignore_errors=True)
     minimoe("pretrain", "pretrain.yaml", OUT / "small", seed, *(f"model.{key}={value}" for key, value in SMALL.items()))
     answers = ["model=null", "distil.learn=answers", "data.train=data/quickstart/sft.jsonl"]
     answers += ["data.validation=data/quickstart/sft_valid.jsonl", f"distil.teacher={SFT}", "distil.weight=0.7"]
-    answers += ["distil.top_k=32", "distil.cache=true", f"data.cache_dir={OUT / f'said-{seed}'}"]
+    answers += ["distil.top_k=32", "distil.cache=true", f"data.cache_dir={said}"]
 
     def sft(steps: int) -> tuple[float, float]:
         seconds = minimoe("sft", "sft.yaml", alone, seed, f"init_from={small}", f"train.max_steps={steps}")
