@@ -76,6 +76,7 @@ def test_a_plan_for_gpus_runs_nothing_and_takes_the_layout_of_the_config(
         "cpu_offload": False,
     }
     assert plan["memory"]["peak_bytes"] == int(sum(plan["memory"]["by_kind"].values()))
+    assert plan["memory"]["kept_by_host"] == 0
     assert plan["time"]["seconds"] == pytest.approx(100 * plan["time"]["step_seconds"])
     assert not (tmp_path / "run").exists()
     for extra, message in ((["--gpu", "h999"], "not known"), (["train.batch_size=9"], "no multiple of 8")):

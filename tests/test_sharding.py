@@ -175,6 +175,12 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_would(section, world,
     assert fix in refused.value.fix
 
 
+def test_what_is_left_of_an_elastic_run_offloads_nothing(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert resolve(ParallelConfig(cpu_offload=True), 1) == (1, 1, 1, False)
+    assert resolve(ParallelConfig(cpu_offload=True), 2) == (1, 2, 1, True)
+
+
 def test_experts_and_rows_must_be_shared_out_evenly():
     layout = resolve(ParallelConfig(expert_size=4), 4)
     with pytest.raises(UserError, match="expert_size 4 does not divide") as refused:

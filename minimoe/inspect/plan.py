@@ -38,7 +38,7 @@ from minimoe.train.memory import process_peak
 from minimoe.train.metrics import duration
 from minimoe.train.pretrain import complete_architecture
 from minimoe.train.sharding import resolve
-from minimoe.train.shares import Work
+from minimoe.train.shares import Work, held_by_gpu
 
 _FIRST_STEPS = 8  # of the first rehearsal
 # Of training in the second: a share of the run, as machines get slower when they are busy for long.
@@ -227,7 +227,8 @@ def cluster_plan(config: TrainingRun, gpus: int, gpu: str) -> Plan:
         memory={
             "peak_bytes": int(found.memory_bytes),
             "available_bytes": int(GPUS[gpu].memory),
-            "by_kind": found.memory,
+            "by_kind": held_by_gpu(found.memory, found.layout),
+            "kept_by_host": sum(found.memory.values()) - found.memory_bytes,
             "fits": found.fits,
         },
         time={"seconds": train.max_steps * found.step_seconds, "step_seconds": found.step_seconds},
@@ -237,7 +238,10 @@ def cluster_plan(config: TrainingRun, gpus: int, gpu: str) -> Plan:
         | {"layout": found.layout._asdict(), "traffic": found.traffic._asdict(), "described": str(found.layout)},
     )
     if not found.fits:
-        plan.advice.append("does not fit: more GPUs, a smaller train.micro_batch_size, or train.gradient_checkpointing")
+        plan.advice.append(
+            "does not fit: more GPUs, a smaller train.micro_batch_size, train.gradient_checkpointing, or "
+            "parallel.cpu_offload"
+        )
     return plan
 
 

@@ -151,7 +151,7 @@ class MiniMoeForCausalLM(MiniMoePreTrainedModel, GenerationMixin):
         if not (skip_logits and shift_labels is not None):
             # slice(-0, None) is everything
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            chosen = isinstance(kept, Tensor) and kept.dtype == torch.bool
+            chosen = isinstance(kept, Tensor) and kept.dtype == torch.bool and kept.ndim == 2
             result.logits = self.lm_head(hidden[kept] if chosen else hidden[:, kept])
         if shift_labels is not None or output_router_logits:
             self._add_router_terms(result, outputs.routings or (), attention_mask, hidden.shape)

@@ -30,6 +30,7 @@ from minimoe.train.parallel import fast_float32, make_accelerator
 from minimoe.train.rewards import Rewards
 from minimoe.train.rollouts import Rollouts, answer_all
 from minimoe.train.sft import start_from
+from minimoe.train.sharding import is_sharded
 
 _ANSWERED_TOGETHER = 64
 
@@ -131,7 +132,9 @@ def first_logprobs(model: Any, temperature: float, rows: int, accelerator: Accel
     """(B, S) float32 on the CPU: log-probabilities of the batch's labels under the first model."""
     adapted = adapters.has_adapter(model)
     was_training = model.training
-    model.to(accelerator.device).eval()
+    if not is_sharded(model):  # the policy, whose adapter is switched off
+        model.to(accelerator.device)
+    model.eval()
     if adapted:
         adapters.choose(model, None)
     try:

@@ -172,15 +172,16 @@ def _prepare(
         keep_freed_memory()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    layout = ranks = None
-    if not has_none(model):
+    layout = None if config.parallel is None else resolve(config.parallel, accelerator.num_processes)
+    ranks = None
+    if not has_none(model) and not (layout and layout.cpu_offload):  # which takes its parts to the GPU by itself
         model.to(accelerator.device)
-    if config.parallel is not None:
-        layout = resolve(config.parallel, accelerator.num_processes)
+    if layout is not None:
         model = shard(model, layout)
         if has_none(model):
             give_weights(model, layout, config, accelerator.device)
         if is_sharded(model) and not has_adapter(model):
+            assert config.parallel is not None
             ranks = Ranks(config.parallel.timeout_seconds)
     frozen = FrozenExperts(model)
     optimizers = build_optimizers(model, config.optimizer)

@@ -36,10 +36,8 @@ def make_accelerator(train: TrainConfig, parallel: ParallelConfig | None = None)
     """
     check_launcher(os.environ)
     device = pick_device(train.device, where="train.device")
-    if parallel is not None:
-        resolve(parallel, int(os.environ.get("WORLD_SIZE", "1")))
-        if parallel.cpu_offload:
-            begin_offload(device, parallel)
+    if parallel is not None and resolve(parallel, int(os.environ.get("WORLD_SIZE", "1"))).cpu_offload:
+        begin_offload(device, parallel)
     if device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ:
         print(f"note: on a CPU, accelerate launch starts one process; for two: {_TORCHRUN}", file=sys.stderr)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and has_bf16(device))

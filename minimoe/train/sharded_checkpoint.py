@@ -29,7 +29,7 @@ from minimoe.train.sharding import whole
 from minimoe.train.snapshot import Snapshot, check_finite, trained
 
 T = TypeVar("T")
-_PART_BYTES = 512 << 20  # of a rank's files, each of which is made in memory before it is written
+_PART_BYTES = 512 << 20  # of a rank's files, about: each is made in memory before it is written
 _FILE_BYTES = 4 << 30  # of a plain model folder's files, which one rank holds while it writes them
 
 

@@ -63,7 +63,7 @@ def resolve(parallel: ParallelConfig, world: int) -> Layout:
             f"parallel.expert_size {parallel.expert_size} does not divide parallel.fsdp_size {fsdp}",
             fix=f"set it to one of {_divisors(fsdp)}",
         )
-    if parallel.cpu_offload and (fsdp == 1 or parallel.expert_size > 1):
+    if parallel.cpu_offload and world > 1 and (fsdp == 1 or parallel.expert_size > 1):
         raise UserError(
             "parallel.cpu_offload is for weights that ranks share out and gather, which "
             + ("copies do not" if fsdp == 1 else f"experts over {parallel.expert_size} ranks are not"),
@@ -74,7 +74,7 @@ def resolve(parallel: ParallelConfig, world: int) -> Layout:
             "parallel: is for several ranks, and there is one",
             fix="start it by torchrun --nproc_per_node N -m minimoe.cli, or leave the section out",
         )
-    return Layout(replicas, fsdp, parallel.expert_size, parallel.cpu_offload)
+    return Layout(replicas, fsdp, parallel.expert_size, parallel.cpu_offload and world > 1)
 
 
 def check_sharding(layout: Layout, model_config: Any, train: TrainConfig) -> None:
