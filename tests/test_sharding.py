@@ -105,7 +105,7 @@ def test_every_layout_equals_one_process(layout, name, runs):
             assert found[key] == pytest.approx(row[key], rel=CLOSE, abs=CLOSE), (row["step"], key)
         assert found["expert_load"] == row["expert_load"]
     expected, actual = (weights(runs / place / name / "final") for place in ("one", layout))
-    assert max(relative_error(actual[key], expected[key]) for key in expected) < 10 * CLOSE
+    assert max(relative_error(actual[key], expected[key]) for key in expected) < CLOSE
     checked, found_too = ([row for row in rows(runs / place / name) if "val_loss" in row] for place in ("one", layout))
     assert [row["val_loss"] for row in found_too] == pytest.approx([row["val_loss"] for row in checked], rel=CLOSE)
 

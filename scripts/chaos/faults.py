@@ -57,7 +57,8 @@ def interrupt(reference: Reference, run: Run, times: int, number: int, rng: rand
         process = run.start("--resume")
         early = number == signal.SIGKILL and rng.random() < 0.25
         if not early:
-            while process.is_alive() and run.step() <= before:
+            # Rows beyond the checkpoint may be there still, of the process before.
+            while process.is_alive() and (run.last_logged() == stamp or run.step() <= before):
                 time.sleep(0.002)
         process.join(reference.moment(rng, early))
         if not process.is_alive():
