@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import relative_error, tiny_model
 from tiny_runs import cut_back, outcome, rows, run_command, training_rows, write_yaml
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from minimoe.config import DpoConfig, DpoRun, SourceConfig
 from minimoe.data.formats import BadRow, to_document
@@ -25,7 +26,7 @@ from minimoe.errors import UserError
 from minimoe.train import dpo
 from minimoe.train.objectives import Step
 from minimoe.train.parallel import forward_backward, make_accelerator
-from minimoe.train.preference import kto_loss, preference_loss, preference_objective
+from minimoe.train.preference import preference_loss, preference_objective
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "How are you?"},
@@ -229,6 +230,45 @@ def test_the_loss_of_a_batch_is_trls(loss, folders, tmp_path, tiny_tokenizer):
     assert theirs != pytest.approx(0.6931, abs=1e-3)  # the models differ
 
 
+@pytest.mark.parametrize("swapped", [False, True], ids=["divergence 0", "more"])
+def test_ktos_loss_of_a_batch_is_trls(swapped, folders, tmp_path, tiny_tokenizer):
+    policy, reference = reversed(folders) if swapped else folders
+    arguments = KTOConfig(
+        output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to="none",
+        beta=0.3, desirable_weight=2.0, undesirable_weight=1.5, disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = KTOTrainer(
+        tiny_model_of(policy),
+        tiny_model_of(reference),
+        args=arguments,
+        train_dataset=Dataset.from_list(LABELS),
+        processing_class=tiny_tokenizer,
+    )
+    trainer.model.eval()
+    trainer.aux_loss_enabled = False
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        theirs = float(trainer.compute_loss(trainer.model, dict(batch)))
+        # An answer beside the one of another row, which the divergence is estimated from.
+        names = ("input_ids", "completion_mask", "attention_mask")
+        width = max(batch["input_ids"].shape[1], batch["KL_input_ids"].shape[1])
+        both = [
+            torch.cat([F.pad(batch[at + name], (0, width - batch[at + name].shape[1])) for at in ("", "KL_")])
+            for name in names
+        ]
+        labels = both[0].masked_fill(both[1] == 0, -100)
+        logits = tiny_model_of(reference)(input_ids=both[0], attention_mask=both[2]).logits
+        logprobs = -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+        sums = logprobs.view(len(labels), -1).sum(1)
+        ours = packed(*both, torch.stack(sums.chunk(2), 1)[:, None])
+        ours = replace(ours, wanted=torch.as_tensor(batch["label"], dtype=torch.bool)[:, None])
+        assert 0 < int(ours.wanted.sum()) < len(ours.wanted)
+        settings = DpoConfig(loss="kto", beta=0.3, desirable_weight=2.0, undesirable_weight=1.5)
+        terms = preference_objective(settings)(tiny_model_of(policy), ours, Step.of(ours)).terms
+    assert float(terms["preference_loss"]) == pytest.approx(theirs, abs=1e-6 * max(1, abs(theirs)))
+    assert (float(terms["kl"]) > 0) == swapped
+
+
 def tiny_model_of(folder: Path):
     from minimoe.loading import load_model
 
@@ -239,7 +279,7 @@ def tiny_logits(folder: Path, batch) -> torch.Tensor:
     return tiny_model_of(folder)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-def test_simpo_and_orpo_are_trls_and_kto_is_its_equations(monkeypatch):
+def test_simpo_and_orpo_are_trls(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
@@ -256,12 +296,6 @@ def test_simpo_and_orpo_are_trls_and_kto_is_its_equations(monkeypatch):
     theirs, *_ = ORPOTrainer.odds_ratio_loss(orpo, means[:, 0], means[:, 1])
     ours = preference_loss(means * lengths, lengths, zeros, DpoConfig(loss="orpo", beta=0.2))
     torch.testing.assert_close(ours, -theirs, atol=1e-6, rtol=1e-6)
-    # KTO's equations 7 and 8, written out: TRL's trainer wants rows, not log-probabilities.
-    ratios, wanted = torch.randn(7), torch.rand(7) > 0.5
-    good, bad, kl = ratios[wanted], ratios[~wanted], torch.tensor(0.3)
-    theirs = torch.cat([2.0 * (1 - F.sigmoid(0.1 * (good - kl))), 3.0 * (1 - F.sigmoid(0.1 * (kl - bad)))])
-    ours = kto_loss(ratios, wanted, kl, DpoConfig(loss="kto", desirable_weight=2.0, undesirable_weight=3.0))
-    torch.testing.assert_close(torch.cat([ours[wanted], ours[~wanted]]), theirs, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "simpo", "orpo", "kto"])
