@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.distributed import expert_parallel
 
+from minimoe.config.training import OptimizerConfig
 from minimoe.model.config import MiniMoeConfig, with_defaults
 from minimoe.model.language_model import MiniMoeForCausalLM
+from minimoe.train.optim import build_optimizers
 from minimoe.train.sharding import Layout, shard
 from minimoe.train.shares import Traffic, traffic
 
@@ -31,20 +33,25 @@ def main() -> None:
     if world == 4:
         layouts += [Layout(1, 4, 2), Layout(2, 2, 1), Layout(2, 2, 2)]
     for layout in layouts:
-        counted, expected = count(layout), traffic(with_defaults(ARCHITECTURE), layout, ROWS * LENGTH, 1, 4)
-        total = torch.tensor([counted.weights, counted.replicas, counted.tokens], dtype=torch.float64)
+        (counted, muon), expected = count(layout), traffic(with_defaults(ARCHITECTURE), layout, ROWS * LENGTH, 1, 4)
+        total = torch.tensor([*counted, muon], dtype=torch.float64)
         dist.all_reduce(total)
-        mean = Traffic(*(total / world).tolist())
+        *kinds, muon = (total / world).tolist()
+        mean = Traffic(*kinds)
         if dist.get_rank() == 0:
             found, wanted = sum(mean), sum(expected)
             print(f"| {world} ranks: {layout} | {found / 1e6:.2f} | {wanted / 1e6:.2f} | {wanted / found - 1:+.1%} |")
             parts = zip(Traffic._fields, mean, expected, strict=True)
-            print("  " + ", ".join(f"{name} {a / 1e6:.2f} ({b / 1e6:.2f})" for name, a, b in parts), flush=True)
+            print("  " + ", ".join(f"{name} {a / 1e6:.2f} ({b / 1e6:.2f})" for name, a, b in parts), end="")
+            print(f"; with Muon {muon / 1e6:.2f} more", flush=True)
     dist.destroy_process_group()
 
 
-def count(layout: Layout) -> Traffic:
-    """What this rank sends in one step: rings send (n-1)/n of what is gathered, twice that of what is reduced."""
+def count(layout: Layout) -> tuple[Traffic, float]:
+    """What this rank sends in one step, and by Muon in addition.
+
+    Rings send (n-1)/n of what is gathered, twice that of what is reduced.
+    """
     torch.manual_seed(0)
     model = shard(MiniMoeForCausalLM(MiniMoeConfig(**ARCHITECTURE)), layout).train()
     sent = dict.fromkeys(Traffic._fields, 0.0)
@@ -93,7 +100,27 @@ def count(layout: Layout) -> Traffic:
     finally:
         for each in undo:
             each()
-    return Traffic(**sent)
+    return Traffic(**sent), _sent_by_muon(model)
+
+
+def _sent_by_muon(model: Any) -> float:
+    """Bytes that this rank sends in a step of the optimizer: rows of matrices to their owners, and back."""
+    sent, original = 0.0, dist.all_to_all_single
+
+    @functools.wraps(original)
+    def call(received: Tensor, rows: Tensor, received_sizes: list[int], sizes: list[int], group: Any) -> Any:
+        nonlocal sent
+        mine = dist.get_rank(group)
+        sent += rows.element_size() * sum(size for place, size in enumerate(sizes) if place != mine)
+        return original(received, rows, received_sizes, sizes, group=group)
+
+    setattr(dist, "all_to_all_single", call)  # noqa: B010  (mypy knows its type)
+    try:
+        for optimizer in build_optimizers(model, OptimizerConfig(name="muon")):
+            optimizer.step()
+    finally:
+        setattr(dist, "all_to_all_single", original)  # noqa: B010
+    return sent
 
 
 if __name__ == "__main__":
