@@ -82,7 +82,7 @@ def check_same_vocabulary(student: Any, teacher: Any, config: DistilRun) -> None
 
 
 class Teacher:
-    """A model that is asked for its probabilities, or its cache is."""
+    """A model's probabilities, from its cache or by running it."""
 
     def __init__(self, model: Any, vocabulary: int, config: DistilRun, accelerator: Accelerator) -> None:
         self._model = model.to(accelerator.device).eval().requires_grad_(False)
@@ -172,7 +172,8 @@ def divergence(logits: Tensor, taught: Taught, temperature: float) -> Tensor:
     """KL(teacher || student) of each position, (N,): over all tokens, or over those kept and one for all others.
 
     Args:
-        logits: (N, V) of the student; those beyond the tokenizer's tokens take no part.
+        logits: (N, V) of the student. Those beyond the tokenizer's tokens are left out, or, where the teacher kept few
+            tokens, belong to all others.
     """
     if taught.ids is None:
         vocabulary = taught.logprobs.shape[-1]

@@ -36,7 +36,7 @@ def has_none(model: nn.Module) -> bool:
 
 
 def give_weights(model: Any, layout: Layout, config: TrainingRun, device: torch.device) -> None:
-    """To a model without: those that the run starts from."""
+    """Fill a model that was built without weights: from `init_from`, or freshly drawn."""
     torch.manual_seed(config.seed)
     if (folder := getattr(config, "init_from", None)) is not None:
         read(model, folder, layout, device)
@@ -57,7 +57,7 @@ def draw(
     Args:
         device: that the model computes on.
         with_buffers_alone: only of modules that have a buffer, such as rotary angles, which no file has.
-        kept_on: where the parameters stay between passes; None: there too.
+        kept_on: where the parameters stay between passes; None: on `device`.
     """
     model.to_empty(device=kept_on or device)
     model.tie_weights()

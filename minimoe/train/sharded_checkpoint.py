@@ -135,7 +135,7 @@ def _publish(target: Path, manifest: dict[str, Any], snapshot: Snapshot, model: 
 
 
 def save_model(model: Any, tokenizer: Any, target: Path | None) -> None:
-    """Write a sharded model as a plain model folder, file by file, or its adapter as an adapter's. A collective.
+    """Write a sharded model as a plain model folder, file by file, or with LoRA as an adapter folder. A collective.
 
     Args:
         target: the folder; None on all ranks but the first.

@@ -22,7 +22,8 @@ from scripts.chaos.processes import wait
 
 
 def save_failpoints() -> list[str]:
-    """The names of all failpoints of saving, in the order of the source: a new one is killed without being listed."""
+    """The failpoints in checkpoint.py, in the order of the source; sharded saves have theirs in
+    tests/test_sharded_checkpoint.py."""
     source = Path(checkpoint.__file__).read_text(encoding="utf-8")
     return list(dict.fromkeys(re.findall(r'failpoint\("([^"]+)"', source)))
 
@@ -44,10 +45,10 @@ class Interruptions:
 
 
 def interrupt(reference: Reference, run: Run, times: int, number: int, rng: random.Random) -> Interruptions:
-    """Send `run` a signal at random moments and resume it, `times` times; then let it end and compare.
+    """Send `run` the signal `number` at random moments and resume it, `times` times; then let it end and compare.
 
-    A SIGKILL comes in start-up one time in four, else after the first step, as a polite signal always does: before that
-    nobody listens. A run that ends before its moment, as the machine is less busy than for the reference, starts again
+    A SIGKILL comes in start-up one time in four, else after the first step, as SIGTERM always does: before that no
+    handler is installed. A run that ends before its moment, as the machine is less busy than for the reference, starts again
     from nothing.
     """
     seen = Interruptions()

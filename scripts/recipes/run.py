@@ -82,7 +82,7 @@ def grpo_sums(seed: int) -> Figures:
 
 
 def early() -> Path:
-    """The SFT model before it has learned its tasks, made once: two thirds of the steps, from the same start."""
+    """An SFT model that has not learned all its tasks, made once: 800 steps instead of 1,150, from the same start."""
     folder = OUT / "early" / "final"
     if not folder.exists():
         minimoe("sft", "sft.yaml", OUT / "early", 0, f"train.max_steps={EARLY_STEPS}")
@@ -160,7 +160,7 @@ def teacher() -> Path:
 
 
 def distil(seed: int) -> Figures:
-    """A model of half the size, fine-tuned alone and with a teacher, who is asked in the first of two runs and read
+    """A smaller model, fine-tuned alone and with a teacher, whose answers are computed in the first of two runs and read
     from the disk in the second."""
     small, taught, alone, said = OUT / "small" / "final", OUT / "distil", OUT / "twin", OUT / "said"
     shutil.rmtree(said, ignore_errors=True)
