@@ -48,8 +48,8 @@ def interrupt(reference: Reference, run: Run, times: int, number: int, rng: rand
     """Send `run` the signal `number` at random moments and resume it, `times` times; then let it end and compare.
 
     A SIGKILL comes in start-up one time in four, else after the first step, as SIGTERM always does: before that no
-    handler is installed. A run that ends before its moment, as the machine is less busy than for the reference, starts again
-    from nothing.
+    handler is installed. A run that ends before its moment, as the machine is less busy than for the reference, starts
+    again from nothing.
     """
     seen = Interruptions()
     expected = -signal.SIGKILL if number == signal.SIGKILL else EXIT_PREEMPTED

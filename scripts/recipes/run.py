@@ -160,8 +160,8 @@ def teacher() -> Path:
 
 
 def distil(seed: int) -> Figures:
-    """A smaller model, fine-tuned alone and with a teacher, whose answers are computed in the first of two runs and read
-    from the disk in the second."""
+    """A smaller model, fine-tuned alone and with a teacher, whose answers are computed in the first of two runs and
+    read from the disk in the second."""
     small, taught, alone, said = OUT / "small" / "final", OUT / "distil", OUT / "twin", OUT / "said"
     shutil.rmtree(said, ignore_errors=True)
     minimoe("pretrain", "pretrain.yaml", OUT / "small", seed, *(f"model.{key}={value}" for key, value in SMALL.items()))
