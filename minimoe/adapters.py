@@ -101,7 +101,9 @@ def has_adapter(model: Any) -> bool:
 
 def adapts_experts(model: Any) -> bool:
     """Whether adapters stand on stacked experts, whose faster forms then decline."""
-    return any(".mlp.experts." in name and ".lora_" in name for name, _ in model.named_parameters())
+    return has_adapter(model) and any(
+        ".mlp.experts." in name and ".lora_" in name for name, _ in model.named_parameters()
+    )
 
 
 def is_adapter(folder: Path) -> bool:

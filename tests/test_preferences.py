@@ -218,12 +218,8 @@ def test_the_loss_of_a_batch_is_trls(loss, folders, tmp_path, tiny_tokenizer):
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         theirs = float(trainer.compute_loss(trainer.model, dict(batch)))
-        mask = batch["completion_mask"]
-        labels = batch["input_ids"].masked_fill(mask == 0, -100)
-        logits = tiny_logits(reference, batch)
-        logprobs = -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-        sums = logprobs.view(len(labels), -1).sum(1)
-        ours = packed(batch["input_ids"], mask, batch["attention_mask"], torch.stack(sums.chunk(2), 1)[:, None])
+        rows_of_batch = [batch[name] for name in ("input_ids", "completion_mask", "attention_mask")]
+        ours = packed(*rows_of_batch, sums_under(reference, *rows_of_batch))
         model = tiny_model_of(policy)
         terms = preference_objective(DpoConfig(loss=loss, beta=0.3))(model, ours, Step.of(ours)).terms
     assert float(terms["preference_loss"]) == pytest.approx(theirs, abs=1e-6 * max(1, abs(theirs)))
@@ -256,11 +252,7 @@ def test_ktos_loss_of_a_batch_is_trls(swapped, folders, tmp_path, tiny_tokenizer
             torch.cat([F.pad(batch[at + name], (0, width - batch[at + name].shape[1])) for at in ("", "KL_")])
             for name in names
         ]
-        labels = both[0].masked_fill(both[1] == 0, -100)
-        logits = tiny_model_of(reference)(input_ids=both[0], attention_mask=both[2]).logits
-        logprobs = -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
-        sums = logprobs.view(len(labels), -1).sum(1)
-        ours = packed(*both, torch.stack(sums.chunk(2), 1)[:, None])
+        ours = packed(*both, sums_under(reference, *both))
         ours = replace(ours, wanted=torch.as_tensor(batch["label"], dtype=torch.bool)[:, None])
         assert 0 < int(ours.wanted.sum()) < len(ours.wanted)
         settings = DpoConfig(loss="kto", beta=0.3, desirable_weight=2.0, undesirable_weight=1.5)
@@ -275,8 +267,12 @@ def tiny_model_of(folder: Path):
     return load_model(folder, "cpu")[0]
 
 
-def tiny_logits(folder: Path, batch) -> torch.Tensor:
-    return tiny_model_of(folder)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+def sums_under(folder: Path, input_ids, completion_mask, attention_mask) -> torch.Tensor:
+    """(pairs, 1, 2): log-probabilities of both answers, of rows with the first answers before the second ones."""
+    labels = input_ids.masked_fill(completion_mask == 0, -100)
+    logits = tiny_model_of(folder)(input_ids=input_ids, attention_mask=attention_mask).logits
+    logprobs = -F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    return torch.stack(logprobs.view(len(labels), -1).sum(1).chunk(2), 1)[:, None]
 
 
 def test_simpo_and_orpo_are_trls(monkeypatch):
